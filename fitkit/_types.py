@@ -1,0 +1,52 @@
+"""The words that several floors share: types of data, and what a callback sees of a Model.
+
+This is the lowest floor; it imports nothing of fitkit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from fitkit.history import History
+
+# A tensor, or nested tuples, lists and dicts of tensors.
+Structure = Any
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
+# What the numbers in an output are, as far as the loss tells.
+Scale = Literal["logits", "probabilities", "log_probabilities", "values", "unknown"]
+
+
+@dataclass(frozen=True)
+class OutputMeaning:
+    """What the loss tells about one output; metrics go by it, never by the values.
+
+    Attributes:
+        scale: "logits" (cross entropy, ``*_with_logits``), "probabilities" (bce), "log_probabilities" (nll),
+            "values" (mse and other regression losses), "unknown" (a callable of the user's).
+        ignore_index: the target value that the loss leaves out; None when there is no such value.
+        classes: whether integer targets of one dimension less than the output name a class along dimension 1.
+    """
+
+    scale: Scale = "unknown"
+    ignore_index: int | None = None
+    classes: bool = False
+
+
+class ModelProtocol(Protocol):
+    """What a callback sees of a Model."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    history: History
+    stop_training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def metrics_names(self) -> list[str]: ...

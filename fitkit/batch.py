@@ -1,0 +1,131 @@
+"""What a batch is: inputs, targets and weights; how many samples it holds; how a module is called on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fitkit.errors import show
+
+
+def unpack(batch: Any) -> tuple[Any, Any, Any]:
+    """x, y and sample_weight of a batch; a batch that is neither tuple nor list is x.
+
+    Raises:
+        ValueError: a tuple or list of none or of more than three.
+    """
+    if not isinstance(batch, (tuple, list)):
+        return batch, None, None
+    parts = len(batch)
+    if parts == 2:
+        return batch[0], batch[1], None
+    if parts == 1:
+        return batch[0], None, None
+    if parts == 3:
+        return batch[0], batch[1], batch[2]
+    raise ValueError(
+        f"Expected batches of x, (x, y) or (x, y, sample_weight), received a {type(batch).__name__} of {parts}. Nest "
+        "several inputs, ((a, b), y), or override training_step, which is given the batch as it is."
+    )
+
+
+def call(module: Callable[..., Any], x: Any) -> Any:
+    """The module's output: ``module(x)``, ``module(*x)`` for a tuple or list, ``module(**x)`` for a mapping."""
+    if isinstance(x, Tensor):
+        return module(x)
+    if isinstance(x, Mapping):
+        return module(**x)
+    if isinstance(x, (tuple, list)):
+        return module(*x)
+    return module(x)
+
+
+def tensors(structure: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and mappings."""
+    if isinstance(structure, Tensor):
+        yield structure
+    elif isinstance(structure, Mapping):
+        for value in structure.values():
+            yield from tensors(value)
+    elif isinstance(structure, (tuple, list)):
+        for value in structure:
+            yield from tensors(value)
+
+
+def count_samples(x: Any, y: Any) -> int:
+    """The number of samples in a batch: the first dimension of the targets, or the one most inputs share.
+
+    An object of another library says it by ``num_graphs``, ``batch_size`` or its length; one that says nothing
+    counts as 1.
+    """
+    if isinstance(y, Tensor) and y.dim() > 0:
+        return y.shape[0]
+    lengths = Counter(tensor.shape[0] for tensor in tensors(y if y is not None else x) if tensor.dim() > 0)
+    if not lengths and y is not None:
+        lengths = Counter(tensor.shape[0] for tensor in tensors(x) if tensor.dim() > 0)
+    if lengths:
+        return lengths.most_common(1)[0][0]
+    for name in ("num_graphs", "batch_size"):
+        said = getattr(x, name, None)
+        if isinstance(said, int):
+            return said
+    return len(x) if hasattr(type(x), "__len__") else 1
+
+
+def own_loss(output: Any) -> tuple[Tensor, Any]:
+    """The loss that a module returned by itself, as ``.loss`` or ``["loss"]``, and the weight beside it (or None).
+
+    Raises:
+        ValueError: there is none.
+    """
+    source = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    loss = source.get("loss")
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            "Expected a module whose output has .loss or ['loss'], since compile was given loss=None; received output "
+            f"{show(output)}. Pass compile(loss=...), or override training_step."
+        )
+    return loss, source.get("weight")
+
+
+def on_cpu(output: Any) -> Any:
+    """The tensors of an output on the CPU, in its structure; what is no tensor or has no batch dimension is None."""
+    if isinstance(output, Tensor):
+        return output.detach().cpu() if output.dim() > 0 else None
+    if isinstance(output, Mapping):
+        return {key: on_cpu(value) for key, value in output.items()}
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*map(on_cpu, output))
+    if isinstance(output, (tuple, list)):
+        return type(output)(map(on_cpu, output))
+    return None
+
+
+def join(outputs: Sequence[Any]) -> Any:
+    """The outputs of all batches as one, joined along the batch dimension; what is None is left out.
+
+    Raises:
+        ValueError: outputs whose further dimensions differ from batch to batch.
+    """
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        shapes = {tuple(output.shape[1:]) for output in outputs}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"Expected outputs of one shape behind the batch dimension, received {sorted(shapes)}. Pad them in "
+                "predict_step, or predict batch by batch with predict_on_batch."
+            )
+        return torch.cat(list(outputs))
+    if isinstance(first, Mapping):
+        joined = {key: join([output[key] for output in outputs]) for key in first}
+        return {key: value for key, value in joined.items() if value is not None}
+    if isinstance(first, tuple) and hasattr(first, "_fields"):
+        return type(first)(*(join(column) for column in zip(*outputs, strict=True)))
+    if isinstance(first, (tuple, list)):
+        columns = [join(column) for column in zip(*outputs, strict=True)]
+        return type(first)(column for column in columns if column is not None)
+    return None

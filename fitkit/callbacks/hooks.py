@@ -1,0 +1,160 @@
+"""Which callback answers which hook: checked before a run, looked up once, called without a detour.
+
+`check_callbacks` judges what the user passed, `HookTable` lists the bound methods that the loop calls, `finish`
+calls the hooks that end a run. When hooks are called is the loop's business.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, final
+
+from fitkit.callbacks.callback import Callback
+from fitkit.errors import nearest, show
+
+Hook = Callable[..., Any]
+
+# Every hook with the names of the arguments it is called with, by position.
+HOOKS: dict[str, tuple[str, ...]] = {
+    name: tuple(inspect.signature(function).parameters)[1:]
+    for name, function in vars(Callback).items()
+    if name.startswith("on_")
+}
+
+
+@final
+class HookTable:
+    """For each hook, the bound methods of those who implement it, in the callbacks' order.
+
+    The loop runs ``for hook in hooks.on_train_batch_end: hook(batch, logs)``: a hook that nobody implements costs
+    nothing. Hooks are called by position with all their arguments.
+
+    Args:
+        callbacks: in the order in which they are called. History, which is no Callback, counts by its methods.
+    """
+
+    __slots__ = tuple(HOOKS)
+
+    def __init__(self, callbacks: Iterable[object]) -> None:
+        called = list(callbacks)
+        self.on_train_begin = _implementations(called, "on_train_begin")
+        self.on_train_end = _implementations(called, "on_train_end")
+        self.on_epoch_begin = _implementations(called, "on_epoch_begin")
+        self.on_epoch_end = _implementations(called, "on_epoch_end")
+        self.on_train_batch_begin = _implementations(called, "on_train_batch_begin")
+        self.on_train_batch_end = _implementations(called, "on_train_batch_end")
+        self.on_test_begin = _implementations(called, "on_test_begin")
+        self.on_test_end = _implementations(called, "on_test_end")
+        self.on_test_batch_begin = _implementations(called, "on_test_batch_begin")
+        self.on_test_batch_end = _implementations(called, "on_test_batch_end")
+        self.on_predict_begin = _implementations(called, "on_predict_begin")
+        self.on_predict_end = _implementations(called, "on_predict_end")
+        self.on_predict_batch_begin = _implementations(called, "on_predict_batch_begin")
+        self.on_predict_batch_end = _implementations(called, "on_predict_batch_end")
+        self.on_exception = _implementations(called, "on_exception")
+
+
+def implemented_hooks(callback: object) -> list[str]:
+    """The names of the hooks that the callback implements; functions set on the instance count too."""
+    return [name for name in HOOKS if _implementations([callback], name)]
+
+
+def _implementations(callbacks: Iterable[object], name: str) -> list[Hook]:
+    found = (getattr(callback, name, None) for callback in callbacks)
+    return [hook for hook in found if hook is not None and getattr(hook, "__func__", None) is not vars(Callback)[name]]
+
+
+def finish(hooks: Sequence[Hook], *arguments: object, cause: BaseException | None = None) -> None:
+    """Calls all hooks of a run's end, also when one of them raises: files are closed, weights come back.
+
+    The first error is raised when all have been called, from ``cause`` when the run itself ended by an error. Only
+    one error can be raised; the traceback of any further one is printed.
+
+    Args:
+        hooks: such as ``HookTable.on_train_end``.
+        arguments: what each hook is called with.
+        cause: the error that ended the run.
+    """
+    errors: list[BaseException] = []
+    for hook in hooks:
+        try:
+            hook(*arguments)
+        except BaseException as error:
+            errors.append(error)
+    for further in errors[1:]:
+        traceback.print_exception(further)
+    if errors and (cause is None or errors[0] is cause):
+        raise errors[0]
+    if errors:
+        raise errors[0] from cause
+
+
+def check_callbacks(callbacks: object) -> list[Callback]:
+    """The callbacks that the user passed, as a list.
+
+    Args:
+        callbacks: None, a Callback, or a list or tuple of them.
+
+    Raises:
+        TypeError: something in it is no instance of Callback, or a hook cannot take its arguments.
+        ValueError: a method whose name starts with ``on_`` is no hook.
+    """
+    if callbacks is None:
+        return []
+    if isinstance(callbacks, Callback):
+        callbacks = [callbacks]
+    if not isinstance(callbacks, (list, tuple)):
+        raise TypeError(
+            f"Expected a list of callbacks, received callbacks={show(callbacks)}. {_advice(callbacks)}".rstrip()
+        )
+    for index, callback in enumerate(callbacks):
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                "Expected instances of fitkit.callbacks.Callback, received "
+                f"callbacks[{index}]={show(callback)}. {_advice(callback)}".rstrip()
+            )
+        _check_names(callback)
+        _check_arguments(callback)
+    return list(callbacks)
+
+
+def _advice(value: object) -> str:
+    if isinstance(value, type) and issubclass(value, Callback):
+        return f"It is a class: pass an instance, {value.__name__}(...)."
+    if value is None:
+        return "Leave it out."
+    if callable(value):
+        return "A function is passed as LambdaCallback(on_epoch_end=function)."
+    return ""
+
+
+def _check_names(callback: Callback) -> None:
+    """Refuses a misspelt hook, which would otherwise never be called."""
+    for name in dir(callback):
+        if not name.startswith("on_") or name in HOOKS:
+            continue
+        # Read statically: a property must not run before the callback knows its model.
+        attribute = inspect.getattr_static(callback, name)
+        if callable(attribute) or isinstance(attribute, (classmethod, staticmethod)):
+            raise ValueError(
+                f"{type(callback).__name__}.{name} is no hook and would never be called.{nearest(name, HOOKS)} "
+                f"The hooks are {', '.join(HOOKS)}; give any other method a name that does not start with on_."
+            )
+
+
+def _check_arguments(callback: Callback) -> None:
+    """Refuses a hook that would fail when it is called, perhaps only at the end of the first epoch."""
+    for name in implemented_hooks(callback):
+        try:
+            signature = inspect.signature(getattr(callback, name))
+        except ValueError:  # Some functions written in C tell nothing about their arguments.
+            continue
+        try:
+            signature.bind(*HOOKS[name])
+        except TypeError as error:
+            raise TypeError(
+                f"{type(callback).__name__}.{name} is called as {name}({', '.join(HOOKS[name])}), "
+                f"but it takes {signature}. Give it these arguments."
+            ) from error

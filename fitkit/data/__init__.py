@@ -1,0 +1,230 @@
+"""From what a user passes as data to batches: `as_batches` asks each kind in turn.
+
+What the kinds are is said in one place, here; how each gives its batches is said in its own file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fitkit.data.arrays import ArrayBatches, is_array
+from fitkit.data.batches import Batches, EpochPlan
+from fitkit.data.iterables import GeneratorBatches, IterableBatches
+from fitkit.data.loaders import LoaderBatches, load_dataset, split_dataset
+from fitkit.errors import check_flag, check_integer, check_number, show
+
+__all__ = ["Batches", "Batching", "EpochPlan", "as_batches", "as_split_batches"]
+
+DEFAULT_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How data that is no batches yet becomes batches.
+
+    Attributes:
+        batch_size: samples in a batch; None is 32. Refused for data that comes in batches.
+        shuffle: None shuffles training data that fitkit batches itself. Refused where somebody else orders the data.
+        training: whether a pass is one of training: shuffled by default, with a DataLoader's draws.
+        dtype: what floating arrays become.
+        device: where arrays are taken to.
+        argument: how messages name the data.
+        batch_size_argument: how messages name the batch size.
+        default_size: samples in a batch where batch_size is None.
+        whole: whether arrays make one batch.
+    """
+
+    batch_size: int | None
+    shuffle: bool | None
+    training: bool
+    dtype: torch.dtype
+    device: torch.device
+    argument: str = "data"
+    batch_size_argument: str = "batch_size"
+    default_size: int = DEFAULT_BATCH_SIZE
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            check_integer(self.batch_size_argument, self.batch_size, least=1)
+        if self.shuffle is not None:
+            check_flag("shuffle", self.shuffle)
+
+    @property
+    def size(self) -> int:
+        return self.default_size if self.batch_size is None else int(self.batch_size)
+
+    @property
+    def shuffles(self) -> bool:
+        return self.training if self.shuffle is None else self.shuffle
+
+
+def as_batches(data: Any, y: Any, sample_weight: Any, batching: Batching) -> Batches:
+    """Any kind of data as batches.
+
+    Args:
+        data: arrays or nests of them, a Dataset, a DataLoader, ready batches, or a generator of batches. A tuple is
+            ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``.
+        y: targets, when data is x alone.
+        sample_weight: weights, when data is x alone.
+        batching: how arrays and Datasets are batched.
+
+    Raises:
+        ValueError: arguments that do not go with this kind of data; no data; lengths that differ.
+        TypeError: no kind of data.
+    """
+    if isinstance(data, DataLoader):
+        _refuse_parts(data, y, sample_weight, batching)
+        _refuse_batching(data, batching, size=True)
+        return LoaderBatches(data)
+    if isinstance(data, Dataset) or _is_dataset(data):
+        _refuse_parts(data, y, sample_weight, batching)
+        _refuse_batching(data, batching, size=False)
+        return load_dataset(data, batching.size, batching.shuffles)
+    if _are_arrays(data, y):
+        return _arrays(_parts(data, y, sample_weight, batching), batching)
+    if isinstance(data, (str, bytes)) or not (hasattr(type(data), "__iter__") or hasattr(type(data), "__next__")):
+        raise TypeError(
+            "Expected arrays, a Dataset, a DataLoader, an iterable of batches or a generator, received "
+            f"{batching.argument}={show(data)}."
+        )
+    _refuse_parts(data, y, sample_weight, batching)
+    _refuse_batching(data, batching, size=True)
+    return GeneratorBatches(data) if isinstance(data, Iterator) else IterableBatches(data)
+
+
+def as_split_batches(
+    data: Any, y: Any, sample_weight: Any, batching: Batching, validation_split: float, validation_size: int | None
+) -> tuple[Batches, Batches | None]:
+    """Training batches, and validation batches of the last part of the data when validation_split is above 0.
+
+    Args:
+        data: as in `as_batches`.
+        y: as in `as_batches`.
+        sample_weight: as in `as_batches`.
+        batching: as in `as_batches`.
+        validation_split: from 0 up to, not including, 1; the training part is rounded down.
+        validation_size: batch size of the validation part; None is that of training.
+
+    Raises:
+        ValueError: the data cannot be split, or a part would be empty.
+    """
+    check_number("validation_split", validation_split, least=0.0)
+    if validation_split >= 1.0:
+        raise ValueError(f"Expected a fraction from 0 up to, not including, 1, received {validation_split=}.")
+    if validation_split == 0.0:
+        return as_batches(data, y, sample_weight, batching), None
+    if not isinstance(data, DataLoader) and (isinstance(data, Dataset) or _is_dataset(data)):
+        if isinstance(data, IterableDataset):
+            raise ValueError(_unsplittable(data, validation_split))
+        _refuse_parts(data, y, sample_weight, batching)
+        training, held_out = split_dataset(data, _first_part(len(data), validation_split))
+        validating = replace(batching, training=False, shuffle=None, batch_size=validation_size or batching.batch_size)
+        return as_batches(training, None, None, batching), as_batches(held_out, None, None, validating)
+    if not _are_arrays(data, y):
+        raise ValueError(_unsplittable(data, validation_split))
+    whole = _arrays(_parts(data, y, sample_weight, batching), batching)
+    first, rest = whole.split(_first_part(whole.samples, validation_split))
+    return first, rest if validation_size is None else rest.resized(validation_size)
+
+
+def _first_part(samples: int, validation_split: float) -> int:
+    # 10 * (1 - 0.9) is 0.9999999999999998: rounding at the ninth digit keeps the floor honest.
+    first = math.floor(round(samples * (1.0 - validation_split), 9))
+    if first == 0 or first == samples:
+        raise ValueError(
+            f"Expected validation_split to leave samples for training and for validation, received {validation_split=} "
+            f"for {samples} samples: {first} for training, {samples - first} for validation."
+        )
+    return first
+
+
+def _unsplittable(data: Any, validation_split: float) -> str:
+    return (
+        f"{validation_split=} needs arrays or a map-style Dataset, received {show(data)}. Split the data yourself and "
+        "pass validation_data=..."
+    )
+
+
+def _arrays(parts: tuple[Any, ...], batching: Batching) -> ArrayBatches:
+    names = ("x", "y", "sample_weight")
+    if batching.argument != "data":
+        names = tuple(f"{batching.argument}[{index}]" for index in range(3))  # type: ignore[assignment]
+    batches = ArrayBatches(
+        parts,
+        batch_size=batching.size,
+        shuffle=batching.shuffles,
+        draws=batching.training,
+        dtype=batching.dtype,
+        device=batching.device,
+        names=names,
+    )
+    return batches.resized(batches.samples) if batching.whole else batches
+
+
+def _parts(data: Any, y: Any, sample_weight: Any, batching: Batching) -> tuple[Any, ...]:
+    """x, y and sample_weight as one tuple, however they came."""
+    if isinstance(data, tuple) and not hasattr(data, "_fields"):
+        if y is not None or sample_weight is not None:
+            also = "y" if y is not None else "sample_weight"
+            raise ValueError(
+                f"{batching.argument} is a tuple, which means (x, y) or (x, y, sample_weight), and {also}=... came as "
+                "well. Pass it once; several inputs are a list: [a, b]."
+            )
+        if not 1 <= len(data) <= 3:
+            raise ValueError(
+                f"Expected {batching.argument} to be (x,), (x, y) or (x, y, sample_weight), received a tuple of "
+                f"{len(data)}. Several inputs are a list, a dict, or a tuple inside: ((a, b), y)."
+            )
+        parts = data
+    else:
+        parts = (data, y, sample_weight)
+    while len(parts) > 1 and parts[-1] is None:
+        parts = parts[:-1]
+    if len(parts) == 3 and parts[1] is None:
+        raise ValueError("sample_weight=... needs targets: pass y as well.")
+    return parts
+
+
+def _are_arrays(data: Any, y: Any) -> bool:
+    if is_array(data) or isinstance(data, (tuple, Mapping)):
+        return True
+    if not isinstance(data, list):
+        return y is not None and not hasattr(type(data), "__next__")
+    # A list of arrays is several inputs; a list of tuples, lists or dicts is a list of ready batches.
+    return y is not None or not all(isinstance(item, (tuple, list, Mapping)) for item in data)
+
+
+def _is_dataset(data: Any) -> bool:
+    """Whether the object is a map-style dataset without torch's base class, as those of Hugging Face are."""
+    if is_array(data) or isinstance(data, (tuple, list, Mapping, str, bytes)):
+        return False
+    return hasattr(type(data), "__getitem__") and hasattr(type(data), "__len__")
+
+
+def _refuse_parts(data: Any, y: Any, sample_weight: Any, batching: Batching) -> None:
+    for name, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None:
+            raise ValueError(
+                f"{name}=... goes with arrays, received {batching.argument}={show(data)}, which brings its own. Let "
+                "its batches be (x, y) or (x, y, sample_weight)."
+            )
+
+
+def _refuse_batching(data: Any, batching: Batching, *, size: bool) -> None:
+    if size and batching.batch_size is not None:
+        raise ValueError(
+            f"{batching.batch_size_argument}={batching.batch_size} goes with arrays and Datasets, received "
+            f"{batching.argument}={show(data)}, which comes in batches. Set the batch size where you make it."
+        )
+    if batching.shuffle is not None and (size or (isinstance(data, IterableDataset) and batching.shuffle)):
+        raise ValueError(
+            f"shuffle={batching.shuffle} goes with arrays and map-style Datasets, received {batching.argument}="
+            f"{show(data)}, which has an order of its own. Leave shuffle out."
+        )

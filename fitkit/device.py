@@ -1,0 +1,119 @@
+"""Where the work is done: the device, its number types, and its random state.
+
+Nothing here knows about models, losses or batches as such; a batch is any structure of tensors.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from fitkit._types import Precision
+from fitkit.errors import show
+
+AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def resolve_device(device: Any) -> torch.device:
+    """The torch device that "auto", a name or a device means.
+
+    Raises:
+        ValueError: device is no device of this machine's torch.
+    """
+    if isinstance(device, torch.device):
+        return device
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f'Expected "auto", a name such as "cpu" or "cuda:0", or a torch.device, received device={show(device)}.'
+        ) from error
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The type in which running sums are kept: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def module_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that floating arrays are given: that of the module's first floating parameter or buffer."""
+    floating = (tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
+    return next(floating, torch.get_default_dtype())
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which forward and loss run; it can be entered again and again."""
+    dtype = AUTOCAST_DTYPES.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def move(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The batch with every tensor in it on the device, floating ones as dtype when one is given.
+
+    Objects of other libraries that have a ``to`` method (graph batches, Hugging Face encodings) move themselves.
+    """
+    if isinstance(batch, torch.Tensor):
+        wanted = dtype if batch.is_floating_point() else None
+        return batch.to(device=device, dtype=wanted, non_blocking=True)
+    if isinstance(batch, (str, bytes, int, float)) or batch is None:
+        return batch
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move(value, device, dtype) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device, dtype) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(move(value, device, dtype) for value in batch)
+    return batch
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator that training may draw from: Python's, NumPy's, torch's, the device's."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        state["numpy"] = numpy.random.get_state()
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Puts back what `random_state` gave."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "device" in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"], device)
+    if "numpy" in state:
+        sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+@contextmanager
+def kept_random_state(device: torch.device) -> Iterator[None]:
+    """Leaves every generator as it was: what runs inside does not change what training draws next."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        restore_random_state(state, device)
+
+
+@contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """Leaves every submodule in the train or eval mode in which it was."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training

@@ -1,0 +1,96 @@
+"""What fitkit raises, and how its messages are put together.
+
+Every message says what was expected, what came (as ``name=value``) and what to do. This file holds the
+public exception types and the small checks that all floors share; it knows nothing about models or data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The training loss of an epoch is NaN or infinite.
+
+    Raised by ``fit(..., on_nonfinite="raise")`` where the epoch's numbers are read anyway.
+
+    Attributes:
+        epoch: 0-based index of the epoch.
+        batch: 0-based index of the first batch whose loss was not finite.
+    """
+
+    def __init__(self, message: str, *, epoch: int = -1, batch: int = -1) -> None:
+        super().__init__(message)
+        self.epoch = epoch
+        self.batch = batch
+
+
+class CheckpointError(ValueError):
+    """A saved file cannot be used: damaged, foreign, from a newer fitkit, or not for this module.
+
+    The message names the path and the reason. What was to be filled from the file is unchanged.
+    """
+
+
+def show(value: object) -> str:
+    """The value as a message shows it: short, and a tensor or array by dtype and shape."""
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(shape) > 0:
+        return f"{type(value).__name__} of shape {tuple(shape)}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence that names the nearest known word, or nothing when none is near."""
+    matches = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def unknown_name(argument: str, value: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is in no list: the list, and the nearest of its names."""
+    names = sorted(known)
+    return ValueError(f"Unknown name: {argument}={value!r}.{nearest(value, names)} Known names: {', '.join(names)}.")
+
+
+def check_integer(argument: str, value: Any, *, least: int) -> int:
+    """Returns value as an int; True, 2.0 and NaN are not integers where a count is meant."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__") or isinstance(value, torch.Tensor):
+        raise TypeError(f"Expected an integer of at least {least}, received {argument}={show(value)}.")
+    number = int(value.__index__())
+    if number < least:
+        raise ValueError(f"Expected an integer of at least {least}, received {argument}={number}.")
+    return number
+
+
+def check_number(argument: str, value: Any, *, least: float = -math.inf, most: float = math.inf) -> float:
+    """Returns value as a float; refuses what is no real number, NaN, infinities and what is out of range."""
+    if isinstance(value, bool) or not hasattr(type(value), "__float__") or isinstance(value, str):
+        raise TypeError(f"Expected a number, received {argument}={show(value)}.")
+    number = float(value)
+    if not math.isfinite(number) or number < least or number > most:
+        bounds = f"from {least:g} to {most:g}" if math.isfinite(most) else f"of at least {least:g}"
+        bounds = "that is finite" if least == -math.inf and most == math.inf else bounds
+        raise ValueError(f"Expected a number {bounds}, received {argument}={value!r}.")
+    return number
+
+
+def check_choice(argument: str, value: Any, choices: Iterable[Any]) -> None:
+    """Refuses a value that is not one of the choices."""
+    known = list(choices)
+    if isinstance(value, (str, int)) and any(value == choice and type(value) is type(choice) for choice in known):
+        return
+    near = nearest(value, [str(choice) for choice in known]) if isinstance(value, str) else ""
+    raise ValueError(f"Expected one of {', '.join(map(repr, known))}, received {argument}={show(value)}.{near}")
+
+
+def check_flag(argument: str, value: Any) -> bool:
+    """Returns value when it is True or False; refuses numbers and strings that merely look like it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected True or False, received {argument}={show(value)}.")
+    return value

@@ -1,0 +1,136 @@
+"""The arguments of fit that shape a training run, checked and resolved.
+
+`TrainingFlags` is what the loop and the steps read. Each argument is checked here, before the first batch, and
+nowhere else; what needs the data or the callbacks to be checked is checked where these are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
+
+MAX_NB_EPOCHS = 1000
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """Checked arguments of one fit; the names are those of `Model.fit`.
+
+    Attributes:
+        last_epoch: the epoch before which training ends at the latest (0-based, exclusive).
+        default_stop: whether the default early stopping is asked for.
+    """
+
+    epochs: int | None = None
+    initial_epoch: int = 0
+    min_nb_epochs: int = 1
+    max_nb_epochs: int | None = None
+    enable_early_stop: bool = True
+    accumulate_grad_batches: int | Mapping[int, int] = 1
+    gradient_clip_val: float = 0.0
+    track_grad_norm: float | str = -1
+    train_percent_check: float = 1.0
+    val_percent_check: float = 1.0
+    overfit_pct: float = 0.0
+    steps_per_epoch: int | None = None
+    validation_steps: int | None = None
+    validation_freq: int | tuple[int, ...] = 1
+    on_nonfinite: str = "raise"
+    last_epoch: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self._check_epochs()
+        check_flag("enable_early_stop", self.enable_early_stop)
+        for name in ("steps_per_epoch", "validation_steps"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1)
+        for name in ("train_percent_check", "val_percent_check"):
+            if check_number(name, getattr(self, name), least=0.0, most=1.0) == 0.0:
+                raise ValueError(f"Expected a fraction above 0 and up to 1, received {name}=0. Pass no data instead.")
+        check_number("overfit_pct", self.overfit_pct, least=0.0, most=1.0)
+        check_number("gradient_clip_val", self.gradient_clip_val, least=0.0)
+        check_choice("on_nonfinite", self.on_nonfinite, ("raise", "stop", "ignore"))
+        self._set("accumulate_grad_batches", _accumulation(self.accumulate_grad_batches))
+        self._set("track_grad_norm", _norm_order(self.track_grad_norm))
+        self._set("validation_freq", _frequency(self.validation_freq))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_epochs(self) -> None:
+        check_integer("initial_epoch", self.initial_epoch, least=0)
+        check_integer("min_nb_epochs", self.min_nb_epochs, least=1)
+        if self.epochs is not None and self.max_nb_epochs is not None:
+            raise ValueError(
+                f"epochs={show(self.epochs)} and max_nb_epochs={show(self.max_nb_epochs)} exclude each other. epochs "
+                "trains exactly that many; max_nb_epochs is the limit when early stopping decides."
+            )
+        if self.epochs is not None:
+            last = check_integer("epochs", self.epochs, least=0)
+            name = "epochs"
+        else:
+            last = (
+                MAX_NB_EPOCHS
+                if self.max_nb_epochs is None
+                else check_integer("max_nb_epochs", self.max_nb_epochs, least=1)
+            )
+            name = "max_nb_epochs"
+        if self.min_nb_epochs > max(last, 1):
+            raise ValueError(
+                f"Expected min_nb_epochs to be at most {name}={last}, received min_nb_epochs={self.min_nb_epochs}."
+            )
+        self._set("last_epoch", last)
+
+    @property
+    def default_stop(self) -> bool:
+        """Whether the run is to have the default early stopping: no epochs, and not switched off."""
+        return self.epochs is None and self.enable_early_stop
+
+    def window(self, epoch: int) -> int:
+        """How many batches make one optimizer step in that 0-based epoch."""
+        if not isinstance(self.accumulate_grad_batches, Mapping):
+            return self.accumulate_grad_batches
+        begun = [start for start in self.accumulate_grad_batches if start <= epoch]
+        return self.accumulate_grad_batches[max(begun)] if begun else 1
+
+    def validates(self, epoch: int) -> bool:
+        """Whether the 0-based epoch ends with a validation."""
+        if isinstance(self.validation_freq, int):
+            return (epoch + 1) % self.validation_freq == 0
+        return epoch + 1 in self.validation_freq
+
+
+def _accumulation(value: Any) -> int | dict[int, int]:
+    if not isinstance(value, Mapping):
+        return check_integer("accumulate_grad_batches", value, least=1)
+    if not value:
+        raise ValueError("Expected {epoch: batches}, received accumulate_grad_batches={}, an empty dict.")
+    return {
+        check_integer("accumulate_grad_batches' epoch", epoch, least=0): check_integer(
+            f"accumulate_grad_batches[{epoch!r}]", batches, least=1
+        )
+        for epoch, batches in value.items()
+    }
+
+
+def _norm_order(value: Any) -> float:
+    """-1 when off, else the order p of the norm, math.inf for "inf"."""
+    if value == "inf" or (isinstance(value, float) and value == math.inf):
+        return math.inf
+    if isinstance(value, str):
+        raise ValueError(f'Expected -1 (off), a number above 0 or "inf", received track_grad_norm={value!r}.')
+    order = check_number("track_grad_norm", value)
+    if order != -1 and order <= 0:
+        raise ValueError(f'Expected -1 (off), a number above 0 or "inf", received track_grad_norm={value!r}.')
+    return order
+
+
+def _frequency(value: Any) -> int | tuple[int, ...]:
+    """Every how many epochs, or in which 1-based epochs, there is a validation."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(check_integer("validation_freq's epoch", epoch, least=1) for epoch in value)
+    return check_integer("validation_freq", value, least=1)

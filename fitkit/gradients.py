@@ -1,0 +1,95 @@
+"""Norms of gradients, measured together on the device, and clipping by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+
+@final
+class GradientNorms:
+    """The p-norm of every parameter's gradient and of all together, averaged over the steps of an epoch.
+
+    Args:
+        module: whose parameter names name the norms.
+        parameters: those that are trained.
+        order: p, above 0; math.inf is the largest absolute value.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], order: float) -> None:
+        self._parameters = parameters
+        self._order = order
+        self.names = norm_names(module, parameters, order)
+        self.last: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._steps = 0
+
+    def reset(self) -> None:
+        """Starts an epoch."""
+        self.last = self._sum = None
+        self._steps = 0
+
+    def measure(self) -> Tensor:
+        """Norms of the gradients as they are: a vector with the total first, on the device."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        present = [gradient for gradient in gradients if gradient is not None]
+        norms = torch.stack(torch._foreach_norm(present, self._order))
+        total = torch.linalg.vector_norm(norms, self._order)
+        if len(present) < len(gradients):  # parameters that took no part have a gradient of norm 0
+            places = torch.tensor([index for index, gradient in enumerate(gradients) if gradient is not None])
+            norms = norms.new_zeros(len(gradients)).index_copy_(0, places.to(norms.device), norms)
+        return torch.cat([total.reshape(1), norms])
+
+    def add(self, norms: Tensor) -> None:
+        """Takes one step's norms into the mean."""
+        self.last = norms
+        self._sum = norms if self._sum is None else self._sum + norms
+        self._steps += 1
+
+    def means(self) -> dict[str, Tensor]:
+        """The mean norms by name as 0-d tensors; NaN when no step was made."""
+        if self._sum is None:
+            return dict.fromkeys(self.names, torch.full((), math.nan))
+        return dict(zip(self.names, (self._sum / self._steps).unbind(), strict=True))
+
+    def clip_total(self, norms: Tensor) -> Tensor | None:
+        """The total that clipping by the 2-norm can use; None for another order."""
+        return norms[0] if self._order == 2 else None
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float, total: Tensor | None) -> None:
+    """Scales all gradients together so that their common 2-norm is at most that.
+
+    Args:
+        parameters: those that are trained.
+        most: the largest norm allowed.
+        total: the norm where it is known already.
+    """
+    if total is None:
+        torch.nn.utils.clip_grad_norm_(parameters, most)
+    else:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, total)
+
+
+def norm_names(module: nn.Module, parameters: Sequence[nn.Parameter], order: float) -> list[str]:
+    """The log keys of the norms: the total, then each parameter's; "2" and not "2.0" for a whole order."""
+    own = {id(parameter): name for name, parameter in module.named_parameters()}
+    label = "inf" if order == math.inf else f"{order:g}"
+    names = [own.get(id(parameter), f"parameter_{index}") for index, parameter in enumerate(parameters)]
+    return [f"grad_{label}_norm_total", *(f"grad_{label}_norm_{name}" for name in names)]
+
+
+@contextmanager
+def kept_gradients(module: nn.Module) -> Iterator[None]:
+    """Leaves the parameters with the gradients they had: those of a window that a fit has open."""
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient

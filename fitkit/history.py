@@ -1,0 +1,373 @@
+"""What a run recorded, one row an epoch, and what it can be turned into: a table, a plot, a frame, a file.
+
+Also here, for all who compare the numbers of epochs: which direction is the better one, and what is better.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import torch
+
+from fitkit.errors import check_choice, nearest, show, unknown_name
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Direction = Literal["min", "max"]
+
+# Words in a metric's name that say that more of it is better ...
+_MORE = set(
+    re.findall(
+        r"\w+",
+        """acc accuracy auc auroc bleu corr corrcoef correlation dice explained f1 fbeta iou jaccard kappa map matthews
+        mcc mrr ndcg pearson precision psnr r2 recall rouge score sensitivity similarity spearman specificity ssim""",
+    )
+)
+# ... and those that say less is better whatever else is there: an accuracy's loss, a Brier score.
+_LESS = {"brier", "distance", "divergence", "err", "error", "loss"}
+_FORMAT = "fitkit history"
+_FORMAT_VERSION = 1
+
+
+def direction_of(monitor: str, mode: str = "auto") -> Direction:
+    """Whether less or more of a number is better.
+
+    Args:
+        monitor: the number's key, with or without ``val_``.
+        mode: "min" or "max" say it; "auto" goes by the words in the key: "accuracy", "f1", "auroc", "r2", "iou",
+            "correlation", "score" and their like mean "max", anything else "min".
+
+    Raises:
+        ValueError: mode is unknown.
+
+    Example:
+        >>> direction_of("val_accuracy"), direction_of("val_loss"), direction_of("BinaryF1Score")
+        ('max', 'min', 'max')
+    """
+    check_choice("mode", mode, ("auto", "min", "max"))
+    if mode != "auto":
+        return "min" if mode == "min" else "max"
+    spread = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", monitor)
+    words = set(re.findall(r"[a-z0-9]+", f"{monitor} {spread}".lower()))
+    words |= {word.rstrip("0123456789") for word in words}
+    return "max" if words & _MORE and not words & _LESS else "min"
+
+
+def improves(value: float, best: float | None, direction: Direction, min_delta: float = 0.0) -> bool:
+    """Whether value is better than best by more than min_delta. NaN never is; any number is better than None."""
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value + min_delta < best if direction == "min" else value - min_delta > best
+
+
+def as_number(key: str, value: Any) -> float | None:
+    """The value of a log as a float; None stays None.
+
+    Args:
+        key: the log's name, for the message.
+        value: a number, or a 0-d tensor or array.
+
+    Raises:
+        TypeError: value is no single number.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) or not hasattr(type(value), "__float__") or getattr(value, "shape", ()) != ():
+        raise TypeError(f"Expected a number or a 0-d tensor in the logs, received logs[{key!r}]={show(value)}.")
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
+
+
+def is_detail(key: str) -> bool:
+    """Whether the key is the gradient norm of one parameter: there may be hundreds, and only their total is shown."""
+    return re.fullmatch(r"grad_[^_]+_norm_(?!total$).+", key) is not None
+
+
+@final
+class History:
+    """What a fit recorded. It fills itself at the end of each epoch, in the way of a callback.
+
+    Attributes:
+        history: for each key of the epochs' logs a list of floats, as long as ``epoch``; None where the key was not
+            measured.
+        epoch: 0-based indices of the recorded epochs.
+        params: facts about the run, as callbacks see them.
+        stop_reason: why the run ended: "epochs", "early_stopping", "stop_training", "nonfinite", "interrupted" or
+            "error"; None while it runs.
+
+    Example:
+        >>> history = History()
+        >>> history.on_epoch_end(0, {"loss": 0.5})
+        >>> history.on_epoch_end(1, {"loss": 0.25, "val_loss": 0.75})
+        >>> history["val_loss"]
+        [None, 0.75]
+        >>> print(history)
+          epoch    loss    val_loss
+        -------  ------  ----------
+              1    0.5
+              2    0.25        0.75
+        >>> history.best("loss")
+        {'epoch': 1, 'loss': 0.25, 'val_loss': 0.75}
+    """
+
+    def __init__(self) -> None:
+        self.history: dict[str, list[float | None]] = {}
+        self.epoch: list[int] = []
+        self.params: dict[str, Any] = {}
+        self.stop_reason: str | None = None
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Records an epoch's logs.
+
+        Rows of the same and of later epochs are replaced: a resumed run trains these epochs anew.
+
+        Args:
+            epoch: 0-based index.
+            logs: numbers or 0-d tensors, or None where one was not measured.
+
+        Raises:
+            TypeError: a log is no number.
+        """
+        row = {key: as_number(key, value) for key, value in (logs or {}).items()}
+        kept = sum(earlier < epoch for earlier in self.epoch)
+        del self.epoch[kept:]
+        for column in self.history.values():
+            del column[kept:]
+        for key in row:
+            self.history.setdefault(key, [None] * kept)
+        for key, column in self.history.items():
+            column.append(row.get(key))
+        self.epoch.append(epoch)
+
+    def best(self, monitor: str, mode: str = "auto") -> dict[str, float | None]:
+        """The row of the epoch with the best value; the first one of equals. NaN and None are never the best.
+
+        Args:
+            monitor: one of the recorded keys.
+            mode: "min" when less is better, "max" when more is, "auto" to go by the monitor's name.
+
+        Returns:
+            "epoch" (the 0-based index) and that epoch's value of each key.
+
+        Raises:
+            ValueError: monitor or mode is unknown, or monitor has no number in any epoch.
+        """
+        if monitor not in self.history:
+            raise unknown_name("monitor", monitor, self.history)
+        index = _best_index(self.history[monitor], direction_of(monitor, mode))
+        if index is None:
+            raise ValueError(f"No epoch has a number for monitor={monitor!r}: {show(self.history[monitor])}.")
+        return {"epoch": self.epoch[index], **{key: column[index] for key, column in self.history.items()}}
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A DataFrame of floats: one row an epoch, the 0-based epoch as index, NaN where not measured.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("History.to_pandas needs pandas: pip install 'fitkit[plot]'.") from error
+        index = pandas.Index(self.epoch, name="epoch", dtype="int64")
+        return pandas.DataFrame(self.history, index=index, dtype="float64")
+
+    def plot(self, metrics: str | Sequence[str] | None = None) -> Figure:
+        """Draws training against validation, one axis a metric, with the best epoch marked. Epochs count from 1.
+
+        Args:
+            metrics: keys without ``val_``, such as "loss"; None draws all but the gradient norms of single parameters.
+
+        Returns:
+            A figure of its own, unknown to pyplot: ``figure.savefig(path)`` writes it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: a key is unknown, or there is nothing to draw.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("History.plot needs matplotlib: pip install 'fitkit[plot]'.") from error
+        known = list(dict.fromkeys(self._training_key(key) for key in self.history))
+        if metrics is None:
+            names = [name for name in known if not is_detail(name)]
+        else:
+            names = [self._training_key(name) for name in ([metrics] if isinstance(metrics, str) else metrics)]
+        for name in names:
+            if name not in known:
+                raise unknown_name("metrics", name, known)
+        if not names:
+            raise ValueError("There is nothing to plot: this History has recorded no numbers.")
+        columns = min(len(names), 3)
+        rows = math.ceil(len(names) / columns)
+        figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
+        for position, name in enumerate(names, start=1):
+            self._plot_metric(figure.add_subplot(rows, columns, position), name)
+        return figure
+
+    def _training_key(self, key: str) -> str:
+        # A validation key without its training key, as a callback may add one, stands for itself.
+        stripped = key.removeprefix("val_")
+        return stripped if stripped in self.history or f"val_{stripped}" in self.history else key
+
+    def _plot_metric(self, axes: Axes, name: str) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        judged = f"val_{name}" if f"val_{name}" in self.history else name
+        for key, label in ((name, "training"), (f"val_{name}", "validation")):
+            # Only what was measured, so that the line has no gap where an epoch had no validation.
+            points = {self.epoch[i] + 1: y for i, y in enumerate(self.history.get(key, ())) if y is not None}
+            if points:
+                marker = "o" if len(points) <= 30 else ""
+                axes.plot(list(points), list(points.values()), marker=marker, markersize=3, label=label)
+        best = _best_index(self.history[judged], direction_of(judged))
+        # Of a learning rate or a gradient norm there is no best one.
+        if best is not None and name != "learning_rate" and not name.startswith("grad_"):
+            label = f"best: epoch {self.epoch[best] + 1} ({self.history[judged][best]:.4g})"
+            axes.axvline(self.epoch[best] + 1, color="gray", linestyle="--", linewidth=1, label=label)
+        axes.set(title=name, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize="small")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a JSON file, whole or not at all; NaN and infinities are strings in it.
+
+        Args:
+            path: where; a file that is there is replaced.
+        """
+        content = {
+            "format": _FORMAT,
+            "version": _FORMAT_VERSION,
+            **self.state_dict(),
+            "history": {key: [_to_json(number) for number in column] for key, column in self.history.items()},
+        }
+        path = Path(path)
+        # In the same folder: only there is the replacement one step. The id keeps two processes apart.
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with open(part, "w", encoding="utf-8") as file:
+                json.dump(content, file, allow_nan=False, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> History:
+        """Reads what ``save`` wrote.
+
+        Args:
+            path: the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no History, damaged, or of another version of the format.
+        """
+        name = os.fspath(path)
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"The file {name!r} is no History, or damaged: {error}.") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"The file {name!r} is no History that fitkit saved.")
+        if content.get("version") != _FORMAT_VERSION:
+            raise ValueError(
+                f"The file {name!r} has version {content.get('version')} of the format, this fitkit reads version "
+                f"{_FORMAT_VERSION}: use the fitkit that wrote it, or a newer one."
+            )
+        history = History()
+        try:
+            history.load_state_dict(content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"The file {name!r} is a damaged History: {error!r}.") from error
+        return history
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all there is, as plain lists, dicts, numbers and strings."""
+        return {
+            "history": {key: list(column) for key, column in self.history.items()},
+            "epoch": list(self.epoch),
+            "params": dict(self.params),
+            "stop_reason": self.stop_reason,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Becomes what ``state_dict`` returned.
+
+        Args:
+            state: numbers may be strings in it, as in a saved file.
+
+        Raises:
+            ValueError: a column is not as long as the list of epochs.
+        """
+        columns = {key: [None if y is None else float(y) for y in column] for key, column in state["history"].items()}
+        for key, column in columns.items():
+            if len(column) != len(state["epoch"]):
+                raise ValueError(f"Damaged History: {len(column)} values of {key!r} in {len(state['epoch'])} epochs.")
+        self.history = columns
+        self.epoch = list(state["epoch"])
+        self.params = dict(state["params"])
+        self.stop_reason = state["stop_reason"]
+
+    def __getitem__(self, key: str) -> list[float | None]:
+        if key not in self.history:
+            raise KeyError(
+                f"{key!r} was not recorded.{nearest(key, self.history)} Known keys: {', '.join(self.history)}."
+            )
+        return self.history[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.history
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.history)
+
+    def __len__(self) -> int:
+        """The number of recorded epochs."""
+        return len(self.epoch)
+
+    def __repr__(self) -> str:
+        return f"History(epochs={len(self)}, keys={list(self.history)}, stop_reason={self.stop_reason!r})"
+
+    def __str__(self) -> str:
+        left_out = sum(map(is_detail, self.history))
+        note = f"\nNot shown: the gradient norm of each parameter ({left_out} keys of .history)." if left_out else ""
+        return self._table("simple") + note
+
+    def _repr_html_(self) -> str:
+        """The table, for notebooks."""
+        return self._table("html")
+
+    def _table(self, style: str) -> str:
+        # Here, since importing it takes longer than the rest of this file's work.
+        from tabulate import tabulate
+
+        shown = {key: column for key, column in self.history.items() if not is_detail(key)}
+        rows = [[epoch + 1, *(column[i] for column in shown.values())] for i, epoch in enumerate(self.epoch)]
+        return str(tabulate(rows, headers=["epoch", *shown], tablefmt=style, floatfmt=".5g", missingval=""))
+
+
+def _best_index(column: Sequence[float | None], direction: Direction) -> int | None:
+    best: float | None = None
+    found = None
+    for index, value in enumerate(column):
+        if value is not None and improves(value, best, direction):
+            best, found = value, index
+    return found
+
+
+def _to_json(number: float | None) -> float | str | None:
+    return number if number is None or math.isfinite(number) else str(number)

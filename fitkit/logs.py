@@ -1,0 +1,203 @@
+"""The running numbers of an epoch: kept on the device, summed up late, read only when somebody asks.
+
+`Mean` is one weighted running mean; `Tally` holds those of one run by name; `BatchLogs` is the lazy mapping that
+callbacks are given. Metrics keep their own states (metrics.py); what a number means is not decided here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+from fitkit.device import sum_dtype
+
+# How many batches are summed up at once. Each held value is a 0-d tensor.
+HELD = 64
+
+
+@final
+class Mean:
+    """A mean over data: the sum of value x weight over the sum of weight, exact for any slicing of the data.
+
+    Values wait, as tensors on the device, until 64 of them are summed in one go; weights that the host knows are
+    summed on the host. A weight of 0 takes its value out, also when that is NaN (a batch without any target).
+
+    Args:
+        device: where the values are.
+        adds_up: values are sums already, to be divided by the sum of the weights only.
+    """
+
+    __slots__ = (
+        "_adds_up",
+        "_count",
+        "_device",
+        "_first_bad",
+        "_host_weight",
+        "_values",
+        "_weight",
+        "_weights",
+        "_sum",
+    )
+
+    def __init__(self, device: torch.device, *, adds_up: bool = False) -> None:
+        self._device = device
+        self._adds_up = adds_up
+        self._values: list[Tensor] = []
+        self._weights: list[float | Tensor] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._values.clear()
+        self._weights.clear()
+        self._sum: Tensor | None = None
+        self._host_weight = 0.0
+        self._weight: Tensor | None = None
+        self._count = 0
+        self._first_bad: Tensor | None = None
+
+    def add(self, value: Tensor, weight: float | Tensor) -> None:
+        """Takes one batch in. value: 0-d, detached, on the device. weight: a number, or a 0-d tensor there."""
+        self._values.append(value)
+        self._weights.append(weight)
+        if len(self._values) >= HELD:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._values:
+            return
+        dtype = sum_dtype(self._device)
+        values = torch.stack(self._values).to(dtype)
+        first = self._weights[0]
+        if (
+            not isinstance(first, Tensor)
+            and first > 0
+            and all(weight is first or weight == first for weight in self._weights)
+        ):
+            # The usual case: batches of equal weight need no tensor of weights.
+            self._host_weight += float(first) * len(self._weights)
+            summed = values.sum() if self._adds_up else values.sum() * first
+        else:
+            weights = self._weight_tensor(dtype)
+            values = torch.where(weights > 0, values, torch.zeros_like(values))
+            summed = values.sum() if self._adds_up else (values * weights).sum()
+        self._note_bad(values)
+        self._sum = summed if self._sum is None else self._sum + summed
+        self._count += len(self._values)
+        self._values.clear()
+        self._weights.clear()
+
+    def _weight_tensor(self, dtype: torch.dtype) -> Tensor:
+        """The waiting weights on the device; their sum goes to the host where the host knows them all."""
+        known = [weight for weight in self._weights if not isinstance(weight, Tensor)]
+        if len(known) == len(self._weights):
+            self._host_weight += math.fsum(known)
+            return torch.tensor(known, dtype=dtype).to(self._device, non_blocking=True)
+        weights = torch.stack(
+            [torch.as_tensor(weight, dtype=dtype).to(self._device, non_blocking=True) for weight in self._weights]
+        )
+        self._weight = weights.sum() if self._weight is None else self._weight + weights.sum()
+        return weights
+
+    def _note_bad(self, values: Tensor) -> None:
+        """Keeps, on the device, the index of the first batch whose value is not finite (-1: none)."""
+        bad = ~values.isfinite()
+        index = torch.where(bad.any(), bad.to(torch.uint8).argmax() + self._count, -1)
+        self._first_bad = index if self._first_bad is None else torch.where(self._first_bad < 0, index, self._first_bad)
+
+    def value(self) -> Tensor:
+        """The mean so far as a 0-d tensor on the device; NaN before the first value."""
+        self._flush()
+        if self._sum is None:
+            return torch.full((), math.nan, dtype=sum_dtype(self._device), device=self._device)
+        if self._weight is not None:
+            return self._sum / (self._weight + self._host_weight)
+        return self._sum / self._host_weight if self._host_weight else self._sum * math.nan
+
+    def first_bad(self) -> Tensor:
+        """The index of the first batch whose value is not finite, -1 when there is none, as a 0-d tensor."""
+        self._flush()
+        return torch.full((), -1, device=self._device) if self._first_bad is None else self._first_bad
+
+
+@final
+class Tally:
+    """The running means of one run by name; a name appears when it is first added.
+
+    Args:
+        device: where the values are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.means: dict[str, Mean] = {}
+
+    def mean(self, name: str, *, adds_up: bool = False) -> Mean:
+        """The mean of that name, made on its first use."""
+        if name not in self.means:
+            self.means[name] = Mean(self._device, adds_up=adds_up)
+        return self.means[name]
+
+    def reset(self) -> None:
+        """Starts an epoch: every mean is empty again."""
+        for mean in self.means.values():
+            mean.reset()
+
+    def values(self) -> dict[str, Tensor]:
+        """Every mean so far, as 0-d tensors on the device."""
+        return {name: mean.value() for name, mean in self.means.items()}
+
+
+def read(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """All numbers in one transfer from the device."""
+    if not values:
+        return {}
+    dtype = sum_dtype(next(iter(values.values())).device)
+    numbers = torch.stack([value.detach().to(dtype) for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
+class RunningNumbers(Protocol):
+    """What batch logs read from."""
+
+    def names(self) -> list[str]:
+        """The names that have a number now."""
+
+    def number(self, name: str) -> Tensor:
+        """The number of that name as a 0-d tensor."""
+
+
+@final
+class BatchLogs(Mapping[str, float]):
+    """The logs of a batch: reads the device only for the key that is read.
+
+    "loss" and metrics are the running means of the epoch, "batch_loss" is that of the batch alone. Valid while the
+    hook runs that it is given to; keep ``float(logs["loss"])``, not the mapping.
+
+    Args:
+        numbers: the running numbers of the run.
+    """
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self, numbers: RunningNumbers) -> None:
+        self._numbers = numbers
+
+    def __getitem__(self, key: str) -> float:
+        return float(self._numbers.number(key))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._numbers.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers.names())
+
+    def __len__(self) -> int:
+        return len(self._numbers.names())
+
+    def __repr__(self) -> str:
+        return repr(dict(self))

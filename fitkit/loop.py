@@ -1,0 +1,229 @@
+"""The only epoch loop and the only batch loop, shared by fit, evaluate and predict.
+
+What a run does, in order (indices are 0-based; a hook that no callback implements is never called)::
+
+    fit:
+        on_train_begin()
+        for each epoch, until the last or until model.stop_training:
+            on_epoch_begin(epoch)
+            for each batch, until the last or until model.stop_training:
+                on_train_batch_begin(batch)
+                training step
+                on_train_batch_end(batch, logs)
+            if this epoch has a validation:
+                evaluate
+            on_epoch_end(epoch, logs)
+        on_train_end(logs), or on_exception(error) when anything above raised
+
+    evaluate:
+        on_test_begin()
+        for each batch:
+            on_test_batch_begin(batch)
+            test step
+            on_test_batch_end(batch, logs)
+        on_test_end(logs)
+
+    predict:
+        on_predict_begin()
+        for each batch:
+            on_predict_batch_begin(batch)
+            prediction step
+            on_predict_batch_end(batch, logs)
+        on_predict_end()
+
+The loop knows the order of things and when to stop. What happens to a batch is in steps.py, where batches come from
+in data/, what callbacks do in callbacks/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fitkit._types import ModelProtocol
+from fitkit.callbacks import EarlyStopping
+from fitkit.callbacks.hooks import HookTable, finish
+from fitkit.data import EpochPlan
+from fitkit.device import kept_modes, kept_random_state
+from fitkit.errors import NonFiniteLossError
+from fitkit.flags import TrainingFlags
+from fitkit.steps import PredictStep, TestStep, TrainStep
+
+Hook = Callable[..., Any]
+
+
+class Step(Protocol):
+    """What the batch loop calls."""
+
+    @property
+    def logs(self) -> Any: ...
+
+    def __call__(self, batch: Any, index: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class TestRun:
+    """One evaluation: the step, its batches and who listens."""
+
+    __test__ = False  # not a test for pytest
+
+    model: ModelProtocol
+    step: TestStep
+    batches: EpochPlan
+    hooks: HookTable
+
+
+@dataclass(frozen=True)
+class PredictRun:
+    """One prediction: the step, its batches and who listens."""
+
+    model: ModelProtocol
+    step: PredictStep
+    batches: EpochPlan
+    hooks: HookTable
+
+
+@dataclass(frozen=True)
+class FitRun:
+    """One fit: the training, the validation if there is one, who listens, and the checked flags."""
+
+    model: ModelProtocol
+    step: TrainStep
+    batches: EpochPlan
+    hooks: HookTable
+    flags: TrainingFlags
+    validation: TestRun | None
+    callbacks: Sequence[Any]
+
+
+def fit(run: FitRun) -> None:
+    """Trains; the numbers go to the callbacks, of which the model's History is one."""
+    model, hooks, flags, step = run.model, run.hooks, run.flags, run.step
+    logs: dict[str, float] = {}
+    with kept_modes(model.module):
+        with _reported_errors(hooks, model), _released(step):
+            # A root module in eval mode is one that nobody prepared; a submodule in eval mode is a frozen one.
+            if not model.module.training:
+                model.module.train()
+            for hook in hooks.on_train_begin:
+                hook({})
+            for epoch in range(flags.initial_epoch, flags.last_epoch):
+                if model.stop_training:
+                    break
+                for hook in hooks.on_epoch_begin:
+                    hook(epoch, {})
+                step.begin_epoch(flags.window(epoch), run.batches.length)
+                with contextlib.closing(run.batches.epoch()) as batches:
+                    run_batches(batches, step, hooks.on_train_batch_begin, hooks.on_train_batch_end, model)
+
+                # The only read of the training's numbers; each is a plain float from here on.
+                logs, first_bad = step.epoch_logs()
+                _judge_losses(first_bad, epoch, run)
+                if run.validation is not None and flags.validates(epoch):
+                    with kept_random_state(model.device):
+                        validated = evaluate(run.validation)
+                    logs.update({f"val_{name}": value for name, value in validated.items()})
+                for hook in hooks.on_epoch_end:
+                    hook(epoch, logs)
+            model.history.stop_reason = model.history.stop_reason or _stop_reason(run)
+        finish(hooks.on_train_end, logs)
+
+
+def evaluate(run: TestRun) -> dict[str, float]:
+    """Tests; returns the means over all the data by name."""
+    model, hooks, step = run.model, run.hooks, run.step
+    with kept_modes(model.module):
+        model.module.eval()
+        for hook in hooks.on_test_begin:
+            hook({})
+        step.begin_epoch()
+        with contextlib.closing(run.batches.epoch()) as batches:
+            run_batches(batches, step, hooks.on_test_batch_begin, hooks.on_test_batch_end)
+        logs = step.epoch_logs()
+        finish(hooks.on_test_end, logs)
+    return logs
+
+
+def predict(run: PredictRun) -> list[Any]:
+    """Predicts; returns the outputs of each batch on the CPU."""
+    model, hooks, step = run.model, run.hooks, run.step
+    with kept_modes(model.module):
+        model.module.eval()
+        for hook in hooks.on_predict_begin:
+            hook({})
+        with contextlib.closing(run.batches.epoch()) as batches:
+            run_batches(batches, step, hooks.on_predict_batch_begin, hooks.on_predict_batch_end)
+        finish(hooks.on_predict_end, {})
+    return step.outputs
+
+
+def run_batches(
+    batches: Iterator[Any], step: Step, before: list[Hook], after: list[Hook], stoppable: ModelProtocol | None = None
+) -> None:
+    """The batch loop: hooks, step, hooks; ends early when a training is told to stop."""
+    for index, batch in enumerate(batches):
+        for hook in before:
+            hook(index, {})
+        step(batch, index)
+        for hook in after:
+            hook(index, step.logs)
+        if stoppable is not None and stoppable.stop_training:
+            break
+    step.finish()
+
+
+@contextlib.contextmanager
+def reported_errors(hooks: HookTable) -> Iterator[None]:
+    """Tells callbacks of an error, Ctrl-C included, in place of the end of the run; then it goes on its way."""
+    try:
+        yield
+    except BaseException as error:
+        finish(hooks.on_exception, error, cause=error)
+        raise
+
+
+@contextlib.contextmanager
+def _reported_errors(hooks: HookTable, model: ModelProtocol) -> Iterator[None]:
+    try:
+        with reported_errors(hooks):
+            yield
+    except BaseException as error:
+        model.history.stop_reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
+        raise
+
+
+@contextlib.contextmanager
+def _released(step: TrainStep) -> Iterator[None]:
+    """Leaves no gradient behind, however the run ends."""
+    try:
+        yield
+    finally:
+        step.release()
+
+
+def _judge_losses(first_bad: int | None, epoch: int, run: FitRun) -> None:
+    """What on_nonfinite says about an epoch in which a training loss was NaN or infinite."""
+    if first_bad is None or run.flags.on_nonfinite == "ignore":
+        return
+    if run.flags.on_nonfinite == "stop":
+        run.model.stop_training = True
+        run.model.history.stop_reason = "nonfinite"
+        return
+    raise NonFiniteLossError(
+        f"Expected finite training losses, received NaN or infinity in epoch {epoch + 1} (index {epoch}), for the "
+        f"first time in batch {first_bad + 1} (index {first_bad}). Lower the learning rate, clip the gradients with "
+        'gradient_clip_val=1.0, or check the data; on_nonfinite="stop" or "ignore" goes on without this error.',
+        epoch=epoch,
+        batch=first_bad,
+    )
+
+
+def _stop_reason(run: FitRun) -> str:
+    if not run.model.stop_training:
+        return "epochs"
+    stopped = any(isinstance(each, EarlyStopping) and each.stopped_epoch is not None for each in run.callbacks)
+    return "early_stopping" if stopped else "stop_training"

@@ -1,0 +1,437 @@
+"""From what a user writes as a loss to what the steps call: a value, and the weight that the value has.
+
+A loss that averages is weighted by the number of things it averaged over: elements, samples, targets that are not
+ignored, class weights of the targets. With these weights the mean of an epoch is the mean over its data, and the
+gradient of several micro-batches is that of the batch they make up. This file knows names, torch's loss modules
+and callables; it does not know about batches, windows or outputs by name (see steps.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fitkit._types import OutputMeaning, Scale
+from fitkit.errors import check_number, show, unknown_name
+
+# A number where the host knows it, a 0-d tensor where only the device does.
+Weight = float | Tensor
+# What a loss averages over: its elements, its samples, or the targets that name a class.
+Averages = Literal["elements", "samples", "targets"]
+
+
+class Part(NamedTuple):
+    """The loss of one output on one batch: a 0-d value, and the weight of that value among other batches."""
+
+    value: Tensor
+    weight: Weight
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """What fitkit knows of a loss of torch's: its function, what it averages over, what the outputs are."""
+
+    function: Callable[..., Tensor]
+    averages: Averages
+    scale: Scale
+
+
+BUILT_IN: dict[type[nn.Module], BuiltIn] = {
+    nn.CrossEntropyLoss: BuiltIn(F.cross_entropy, "targets", "logits"),
+    nn.NLLLoss: BuiltIn(F.nll_loss, "targets", "log_probabilities"),
+    nn.BCELoss: BuiltIn(F.binary_cross_entropy, "elements", "probabilities"),
+    nn.BCEWithLogitsLoss: BuiltIn(F.binary_cross_entropy_with_logits, "elements", "logits"),
+    nn.MSELoss: BuiltIn(F.mse_loss, "elements", "values"),
+    nn.L1Loss: BuiltIn(F.l1_loss, "elements", "values"),
+    nn.SmoothL1Loss: BuiltIn(F.smooth_l1_loss, "elements", "values"),
+    nn.HuberLoss: BuiltIn(F.huber_loss, "elements", "values"),
+    nn.PoissonNLLLoss: BuiltIn(F.poisson_nll_loss, "elements", "values"),
+    nn.KLDivLoss: BuiltIn(F.kl_div, "elements", "values"),
+    nn.SoftMarginLoss: BuiltIn(F.soft_margin_loss, "elements", "values"),
+    nn.HingeEmbeddingLoss: BuiltIn(F.hinge_embedding_loss, "elements", "values"),
+    nn.MultiMarginLoss: BuiltIn(F.multi_margin_loss, "samples", "logits"),
+    nn.MultiLabelMarginLoss: BuiltIn(F.multilabel_margin_loss, "samples", "values"),
+    nn.MultiLabelSoftMarginLoss: BuiltIn(F.multilabel_soft_margin_loss, "samples", "logits"),
+}
+# The losses over class indices, whose outputs have one dimension more than their targets.
+CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+# The usual short forms, beside torch.nn.functional's own names with or without "_loss".
+SHORT_NAMES: dict[str, type[nn.Module]] = {
+    "mae": nn.L1Loss,
+    "bce": nn.BCELoss,
+    "bce_with_logits": nn.BCEWithLogitsLoss,
+    "ce": nn.CrossEntropyLoss,
+}
+
+
+def known_losses() -> dict[str, type[nn.Module]]:
+    """The module class of every loss name."""
+    names = dict(SHORT_NAMES)
+    for kind, built_in in BUILT_IN.items():
+        name = built_in.function.__name__
+        names[name] = kind
+        names[name.removesuffix("_loss")] = kind
+    return names
+
+
+@final
+class Loss:
+    """One loss over one output: gives the value on a batch and the weight of that value.
+
+    Args:
+        loss: a name, a module or a callable ``loss(output, target)``. A callable may return a 0-d tensor (weighted
+            by samples), a tensor of item losses (averaged over its elements) or ``(value, weight)``.
+        argument: how messages name it.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither name, module nor callable.
+    """
+
+    def __init__(self, loss: Any, argument: str = "loss") -> None:
+        self.argument = argument
+        self.module, self.built_in = _recognised(loss, argument)
+        self.call: Callable[..., Any] = self.module if self.module is not None else loss
+        if self.built_in is not None and self.module.reduction == "none":  # type: ignore[union-attr]
+            self.call = self.module = _with_reduction(self.module, "mean")
+        self.reduction = getattr(self.module, "reduction", "mean")
+        self.meaning = _meaning(self.module, self.built_in)
+        # "sum" has no denominator: windows add up, and only the report divides, by samples.
+        self.adds_up = self.reduction == "sum"
+        self._items: Callable[..., Tensor] | None = _item_losses(self.call)
+
+    def to(self, device: torch.device) -> None:
+        """Moves class weights and other tensors of the loss to the device."""
+        if self.module is not None:
+            self.module.to(device)
+            self._items = _item_losses(self.call)
+
+    @property
+    def weight_depends_on_targets(self) -> bool:
+        """Whether two batches of equal shape may have different weights."""
+        return self.built_in is None or self.built_in.averages == "targets"
+
+    def __call__(
+        self, output: Any, target: Any, size: int, sample_weight: Tensor | None = None, host_target: Any = None
+    ) -> Part:
+        """The loss of one batch.
+
+        Args:
+            output: what the module gave, batch first.
+            target: what it should have given.
+            size: samples in the batch.
+            sample_weight: ``(N,)`` or the shape of the item losses; multiplies these and leaves the denominator.
+            host_target: target before it went to the device, so that counting it asks the device nothing.
+        """
+        if self.built_in is not None:
+            output, target = self._fitted(output, target)
+            weight = self._weight(output, target, size, host_target)
+            if sample_weight is None:
+                return Part(self.call(output, target), weight)
+            return Part(self._weighted(output, target, sample_weight, weight), weight)
+        return self._custom(output, target, size, sample_weight)
+
+    def _custom(self, output: Any, target: Any, size: int, sample_weight: Tensor | None) -> Part:
+        if sample_weight is not None:
+            items = self._item_values(output, target, size)
+            weight = items.numel() if not self.adds_up else size
+            return Part(self._reduced(items * _spread(sample_weight, items), weight), weight)
+        value = self.call(output, target)
+        if isinstance(value, tuple):
+            return _valued_and_weighted(value, self.argument)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"Expected {self.argument}(output, target) to return a tensor, received {show(value)}.")
+        if value.dim() == 0:
+            return Part(value, size)
+        return Part(value.mean(), value.numel())
+
+    def _item_values(self, output: Any, target: Any, size: int) -> Tensor:
+        items = None if self._items is None else self._items(output, target)
+        if not isinstance(items, Tensor) or items.dim() == 0 or items.shape[0] != size:
+            raise ValueError(
+                f"Expected a loss that can give one value per sample, since there are sample weights or class weights; "
+                f"received {self.argument}={show(self.call)}, which gives a single number. Use a loss by name, or let "
+                'the callable return item losses, or take reduction="none".'
+            )
+        return items
+
+    def _weighted(self, output: Tensor, target: Tensor, sample_weight: Tensor, weight: Weight) -> Tensor:
+        assert self._items is not None  # every built-in loss has item losses
+        items = self._items(output, target)
+        return self._reduced(items * _spread(sample_weight, items), weight)
+
+    def _reduced(self, items: Tensor, weight: Weight) -> Tensor:
+        if self.adds_up:
+            return items.sum()
+        if isinstance(weight, Tensor):
+            return items.sum() / weight.to(items.dtype).clamp(min=torch.finfo(items.dtype).tiny)
+        return items.sum() / (weight or 1.0)
+
+    def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.built_in is not None
+        if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+            raise TypeError(
+                "Expected one output tensor and one target tensor for "
+                f"{self.argument}={self.built_in.function.__name__!r}, received output={show_structure(output)} and "
+                f"target={show_structure(target)}. With several outputs give a loss for each, as a list or a dict; "
+                "without targets override training_step."
+            )
+        if self.meaning.classes:
+            return output, fit_classes(output, target, self.built_in.function.__name__)
+        if self.built_in.function is F.multilabel_margin_loss:
+            return output, target
+        return output, fit_elements(output, target, self.built_in.function.__name__)
+
+    def _weight(self, output: Tensor, target: Tensor, size: int, host_target: Any) -> Weight:
+        assert self.built_in is not None
+        if self.adds_up or self.built_in.averages == "samples" or self.reduction == "batchmean":
+            return size
+        if self.built_in.averages == "elements":
+            return output.numel()
+        if target.is_floating_point():
+            return target.numel() // target.shape[1] if target.dim() > 1 else 1
+        counted = host_target if isinstance(host_target, Tensor) and host_target.device.type == "cpu" else target
+        return self._count(counted)
+
+    def _count(self, target: Tensor) -> Weight:
+        """The number of targets that are not ignored, or the sum of their class weights."""
+        assert isinstance(self.module, (nn.CrossEntropyLoss, nn.NLLLoss))  # the losses that average over targets
+        ignored, class_weights = self.module.ignore_index, self.module.weight
+        if target.device.type != "cpu":
+            kept = target != ignored
+            if class_weights is None:
+                return kept.sum()
+            return (class_weights[target.clamp(min=0)] * kept).sum()
+        # NumPy counts what is on the host without asking torch for a number.
+        classes = target.numpy()
+        kept_here = classes != ignored
+        if class_weights is None:
+            return int(kept_here.sum()) if not kept_here.all() else classes.size
+        return float(class_weights.detach().cpu().numpy()[classes[kept_here]].sum(dtype="float64"))
+
+
+def fit_elements(output: Tensor, target: Tensor, name: str) -> Tensor:
+    """The target in the output's shape: ``(N,)`` against ``(N, 1)`` is squeezed, any other difference is refused.
+
+    Raises:
+        ValueError: the shapes differ, also where torch would broadcast them.
+    """
+    if output.shape != target.shape:
+        column = (len(output), 1)
+        if {tuple(output.shape), tuple(target.shape)} != {column, column[:1]}:
+            raise ValueError(
+                f"Expected output and target of the same shape for {name}, received output of shape "
+                f"{tuple(output.shape)} and target of shape {tuple(target.shape)}. They are never broadcast: reshape "
+                "one of them."
+            )
+        target = target.reshape(output.shape)
+    return target if target.is_floating_point() else target.to(output.dtype)
+
+
+def fit_classes(output: Tensor, target: Tensor, name: str) -> Tensor:
+    """The target as class indices of shape ``(N, ...)``, or as probabilities of the output's shape ``(N, C, ...)``.
+
+    Raises:
+        ValueError: the shapes or the dtype fit neither.
+    """
+    if target.shape == output.shape and output.dim() > 1:
+        return target if target.dtype == output.dtype else target.to(output.dtype)
+    if not target.is_floating_point():
+        if target.dim() == output.dim() > 1 and target.shape[1] == 1:
+            target = target.squeeze(1)
+        if output.dim() > 1 and target.shape == output.shape[:1] + output.shape[2:]:
+            return target if target.dtype == torch.int64 else target.long()
+    raise ValueError(
+        f"Expected class indices of shape (N, ...) with an integer dtype, or probabilities of the output's shape "
+        f"(N, C, ...), for {name}; received output of shape {tuple(output.shape)} and target of shape "
+        f"{tuple(target.shape)} and {target.dtype}. Convert class labels with .long() or .astype('int64'); for one "
+        'output column use "bce_with_logits".'
+    )
+
+
+def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | None]:
+    """The loss module, and what fitkit knows of it; (None, None) for a callable of the user's."""
+    if isinstance(loss, str):
+        known = known_losses()
+        name = loss.lower()
+        if name not in known:
+            raise unknown_name(argument, loss, known)
+        return known[name](), BUILT_IN[known[name]]
+    if inspect.isclass(loss) and issubclass(loss, nn.Module):
+        raise TypeError(f"Expected a loss, received the class {argument}={loss.__name__}. Write {loss.__name__}().")
+    if isinstance(loss, nn.Module):
+        for kind, built_in in BUILT_IN.items():
+            if isinstance(loss, kind) and type(loss).forward is kind.forward:
+                return loss, built_in
+        return loss, None
+    for kind, built_in in BUILT_IN.items():
+        if loss is built_in.function:
+            return kind(), built_in
+    if not callable(loss):
+        raise TypeError(
+            f"Expected a name, a loss module or a callable loss(output, target), received {argument}={show(loss)}."
+        )
+    return None, None
+
+
+def _meaning(module: nn.Module | None, built_in: BuiltIn | None) -> OutputMeaning:
+    ignored = getattr(module, "ignore_index", None)
+    if built_in is not None:
+        return OutputMeaning(built_in.scale, ignored, isinstance(module, CLASS_LOSSES))
+    for kind, parent in BUILT_IN.items():  # a subclass with a forward of its own still says what its outputs are
+        if isinstance(module, kind):
+            return OutputMeaning(parent.scale, ignored, issubclass(kind, CLASS_LOSSES))
+    return OutputMeaning("unknown", ignored if isinstance(ignored, int) else None)
+
+
+def _item_losses(call: Callable[..., Any]) -> Callable[..., Tensor] | None:
+    """The loss without its reduction, for losses that can give one value per item."""
+    if isinstance(call, nn.Module):
+        if not isinstance(getattr(call, "reduction", None), str):
+            return call
+        unreduced: Callable[..., Tensor] = _with_reduction(call, "none")
+        return unreduced
+    try:
+        parameters = inspect.signature(call).parameters
+    except (TypeError, ValueError):
+        return call
+    if "reduction" in parameters:
+        return lambda output, target: call(output, target, reduction="none")
+    return call
+
+
+def _with_reduction(module: Any, reduction: str) -> Any:
+    """A copy of the loss module that shares its tensors and reduces in another way."""
+    other = copy.copy(module)
+    other.reduction = reduction
+    return other
+
+
+def _spread(sample_weight: Tensor, items: Tensor) -> Tensor:
+    """sample_weight in a shape that multiplies the item losses and nothing else."""
+    weight = sample_weight.to(items.dtype)
+    if weight.shape == items.shape:
+        return weight
+    if weight.dim() == 2 and weight.shape[1] == 1:
+        weight = weight.squeeze(1)
+    if weight.dim() == 1 and weight.shape[0] == items.shape[0]:
+        return weight.reshape(-1, *(1 for _ in items.shape[1:]))
+    raise ValueError(
+        f"Expected sample_weight of shape ({items.shape[0]},) or of the item losses' shape {tuple(items.shape)}, "
+        f"received sample_weight of shape {tuple(sample_weight.shape)}."
+    )
+
+
+def _valued_and_weighted(returned: tuple[Any, ...], argument: str) -> Part:
+    if len(returned) != 2 or not isinstance(returned[0], Tensor) or returned[0].dim() != 0:
+        raise TypeError(
+            f"Expected {argument}(output, target) to return a 0-d tensor, item losses or (value, weight), received "
+            f"a tuple of {len(returned)}: {', '.join(show(item) for item in returned)}."
+        )
+    value, weight = returned
+    if isinstance(weight, Tensor):
+        return Part(value, weight.detach())
+    return Part(value, check_number(f"weight returned by {argument}", weight, least=0.0))
+
+
+def show_structure(value: Any) -> str:
+    """A structure of tensors as messages show it."""
+    if isinstance(value, Tensor):
+        return f"tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {show_structure(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}: " + ", ".join(map(show_structure, value))
+    return show(value)
+
+
+@final
+class OutputLosses:
+    """The losses of all outputs, by position or by key, with the weight that each has in the total.
+
+    Args:
+        loss: one loss, or a list, tuple or dict of losses (None where an output has none).
+        loss_weights: numbers in the same structure as loss; None is 1.0 for each.
+    """
+
+    def __init__(self, loss: Any, loss_weights: Any = None) -> None:
+        self.keys: list[Any] | None = None
+        entries = [loss]
+        if isinstance(loss, Mapping):
+            self.keys, entries = list(loss), list(loss.values())
+        elif isinstance(loss, (list, tuple)):
+            self.keys, entries = list(range(len(loss))), list(loss)
+        if not entries or (all(entry is None for entry in entries) and self.keys is not None):
+            raise ValueError(f"Expected at least one loss, received loss={show(loss)}.")
+        self.names = _output_names(self.keys)
+        arguments = ["loss"] if self.keys is None else [f"loss[{key!r}]" for key in self.keys]
+        self.losses = [
+            None if entry is None else Loss(entry, argument) for entry, argument in zip(entries, arguments, strict=True)
+        ]
+        self.weights = _loss_weights(loss_weights, self.keys)
+        self.active = [index for index, entry in enumerate(self.losses) if entry is not None]
+
+    def to(self, device: torch.device) -> None:
+        """Moves what tensors the losses hold to the device."""
+        for index in self.active:
+            self.losses[index].to(device)  # type: ignore[union-attr]
+
+    @property
+    def meanings(self) -> list[OutputMeaning]:
+        """What each loss says of its output, in the order of the outputs."""
+        return [OutputMeaning() if loss is None else loss.meaning for loss in self.losses]
+
+    def select(self, structure: Any, argument: str) -> list[Any]:
+        """The entry of each output in a structure of outputs, targets or weights.
+
+        Raises:
+            ValueError: the structure has not the outputs that the losses are for.
+        """
+        if self.keys is None:
+            return [structure]
+        if isinstance(structure, Mapping):
+            missing = [key for key in self.keys if key not in structure]
+            if not missing:
+                return [structure[key] for key in self.keys]
+            raise ValueError(
+                f"Expected {argument} to have the keys of loss, {self.keys}, received the keys {list(structure)}; "
+                f"missing: {missing}."
+            )
+        if isinstance(structure, (tuple, list)) and len(structure) == len(self.keys):
+            return list(structure)
+        raise ValueError(
+            f"Expected {argument} to have {len(self.keys)} parts since loss has {len(self.keys)}, received "
+            f"{show_structure(structure)}."
+        )
+
+
+def _output_names(keys: Sequence[Any] | None) -> list[str] | None:
+    if keys is None:
+        return None
+    return [f"output_{key + 1}" if isinstance(key, int) else str(key) for key in keys]
+
+
+def _loss_weights(loss_weights: Any, keys: Sequence[Any] | None) -> list[float]:
+    if loss_weights is None:
+        return [1.0] * (1 if keys is None else len(keys))
+    if keys is None:
+        raise ValueError(
+            f"loss_weights={show(loss_weights)} needs a loss for each output. Give loss as a list or a dict."
+        )
+    if isinstance(loss_weights, Mapping):
+        unknown = [key for key in loss_weights if key not in keys]
+        if unknown:
+            raise ValueError(f"Expected loss_weights with keys of loss, {list(keys)}, received the keys {unknown}.")
+        values = [loss_weights.get(key, 1.0) for key in keys]
+    elif isinstance(loss_weights, (list, tuple)) and len(loss_weights) == len(keys):
+        values = list(loss_weights)
+    else:
+        raise ValueError(f"Expected one of loss_weights for each of {len(keys)} losses, received {show(loss_weights)}.")
+    return [check_number(f"loss_weights[{key!r}]", value) for key, value in zip(keys, values, strict=True)]

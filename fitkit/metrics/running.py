@@ -1,0 +1,113 @@
+"""The running values of the metrics of one run; how they are summed up stands in gathering.py and objects.py."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from fitkit._types import Structure
+from fitkit.metrics.part import Part, map_tensors
+
+
+@final
+class RunningMetrics:
+    """Running values over all batches since `reset`, the same for any slicing of the data into batches.
+
+    Made by `CompiledMetrics.start`; two of them share nothing, so runs may be nested or interleaved. Taking in a batch
+    costs little: metrics by name let batches wait and sum up many at once, and nothing reads the device. Metrics
+    that compare all items with each other ("auroc", "average_precision", "spearman", and torchmetrics' own that keep
+    lists) keep every row on the device until reset.
+
+    Args:
+        names: all log keys in order.
+        parts: each with the index of its output.
+        outputs: how many outputs there are.
+    """
+
+    def __init__(self, names: Sequence[str], parts: Sequence[tuple[int, Part]], outputs: int) -> None:
+        self.names = list(names)
+        self._parts = list(parts)
+        self._outputs = outputs
+
+    def update(
+        self, outputs: Sequence[Structure], targets: Sequence[Structure], sample_weight: Sequence[Tensor | None] | None
+    ) -> None:
+        """Takes in one batch.
+
+        Args:
+            outputs: one entry per output, detached and on the device; callables may get whole structures.
+            targets: one entry per output.
+            sample_weight: for ``weighted_metrics``, one entry per output of shape ``(N,)`` or the items' shape; None
+                where all samples weigh 1.
+
+        Raises:
+            ValueError: the outputs are not those of compile, or a metric cannot read its output and target.
+        """
+        if not self._parts:
+            return
+        if len(outputs) != self._outputs or len(targets) != self._outputs:
+            raise ValueError(
+                f"Expected {self._outputs} output(s) as compile was told, received {len(outputs)} outputs and "
+                f"{len(targets)} targets. With several outputs give a loss for each, compile(loss=[...]) or "
+                "compile(loss={name: ...}), and metrics in the same structure."
+            )
+        for index, part in self._parts:
+            weight = None if sample_weight is None else sample_weight[index]
+            part.update(outputs[index], targets[index], weight)
+
+    def compute(self, names: Collection[str] | None = None, *, across_processes: bool = False) -> dict[str, Tensor]:
+        """The values over all batches since reset, as 0-d tensors on the device, in the order of `names`.
+
+        Args:
+            names: the log keys that are wanted; None for all. Others are not computed.
+            across_processes: over the data of all processes of the group, to be called by each of them; False for
+                the data of this process, which waits for no other.
+
+        Returns:
+            The values by log key; empty when nothing was taken in.
+
+        Raises:
+            ValueError: a metric of the user's gives something else than one number.
+        """
+        wanted = set(self.names if names is None else names)
+        parts = [part for _, part in self._parts if wanted.intersection(part.keys)]
+        values: dict[str, Tensor] = {}
+        if across_processes and torch.distributed.is_available() and torch.distributed.is_initialized():
+            everywhere = _gather([map_tensors(torch.Tensor.cpu, part.state()) for part in parts])
+            for part, states in zip(parts, zip(*everywhere, strict=True), strict=True):
+                values |= part.compute_across(states)
+        else:
+            for part in parts:
+                values |= part.compute()
+        return {name: values[name] for name in self.names if name in values and name in wanted}
+
+    def reset(self) -> None:
+        """Starts anew, as at the beginning of an epoch."""
+        for _, part in self._parts:
+            part.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is kept, as nested dicts and lists of tensors, numbers and strings."""
+        return {"names": list(self.names), "parts": [part.state() for _, part in self._parts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the state was made.
+
+        Raises:
+            ValueError: the state is of other metrics.
+        """
+        if list(state["names"]) != self.names:
+            raise ValueError(f"Expected the running values of {self.names}, received those of {list(state['names'])}.")
+        self.reset()
+        for (_, part), kept in zip(self._parts, state["parts"], strict=True):
+            part.add_state(kept)
+
+
+def _gather(states: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The states of all processes, in the order of their ranks."""
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, states)
+    return everywhere

@@ -1,0 +1,705 @@
+"""`Model`: a module with Keras's compile, fit, evaluate and predict.
+
+Here arguments are checked and the parts of a run gathered. Nothing loops here: the order of a run is in loop.py,
+what happens to a batch in steps.py, and how data becomes batches in data/.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fitkit import loop
+from fitkit.batch import join
+from fitkit.callbacks import Callback, EarlyStopping, ProgressBar
+from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
+from fitkit.callbacks.monitor import MonitorCallback
+from fitkit.callbacks.progress_bar import resolve_verbose
+from fitkit.checkpoints import load_weights, save_weights
+from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
+from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device
+from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
+from fitkit.flags import TrainingFlags
+from fitkit.gradients import kept_gradients, norm_names
+from fitkit.history import History
+from fitkit.losses import OutputLosses
+from fitkit.metrics import CompiledMetrics
+from fitkit.optimization import OptimizerArgument, make_optimizer
+from fitkit.steps import ClassWeight, Compiled, Computation, PredictStep, TestStep, TrainStep, trained_parameters
+from fitkit.summary import summarize
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+
+
+class Model:
+    """A torch module that can be compiled, fitted, evaluated and asked for predictions.
+
+    Subclass it to override `training_step`, `validation_step` or `predict_step`; nothing else needs a subclass.
+
+    Args:
+        module: any torch.nn.Module. It is moved to the device; its parameters stay the same objects.
+        device: "auto" takes the accelerator when there is one, else the CPU; or a name or torch.device.
+
+    Attributes:
+        module: the module.
+        optimizer: the torch optimizer; set by `compile`.
+        history: the `History` of the latest fit.
+        stop_training: set it to True in any hook to end the run after the batch or epoch in progress.
+        device: where the module is.
+
+    Raises:
+        TypeError: module is no torch.nn.Module.
+        ValueError: there is no such device.
+
+    Example:
+        >>> import torch, fitkit
+        >>> model = fitkit.Model(torch.nn.Linear(4, 1), device="cpu")
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> history = model.fit(torch.randn(64, 4), torch.randn(64, 1), epochs=2, verbose=0)
+        >>> len(history["loss"])
+        2
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, module: nn.Module, *, device: str | torch.device = "auto") -> None:
+        if not isinstance(module, nn.Module):
+            hint = f" It is a class: write {module.__name__}()." if isinstance(module, type) else ""  # type: ignore[unreachable]
+            raise TypeError(f"Expected a torch.nn.Module, received module={show(module)}.{hint}")
+        self.device = resolve_device(device)
+        self.module = module.to(self.device)
+        self.history = History()
+        self.stop_training = False
+        self._compiled: Compiled | None = None
+        self._is_fitting = False
+
+    def compile(
+        self,
+        optimizer: OptimizerArgument = "adam",
+        loss: Any = None,
+        metrics: Any = None,
+        *,
+        learning_rate: float | None = None,
+        loss_weights: Any = None,
+        weighted_metrics: Any = None,
+        precision: str = "32-true",
+        jit_compile: bool = False,
+    ) -> None:
+        """Says how the module is trained and judged.
+
+        Args:
+            optimizer: the name of a torch.optim class in any case, an optimizer, or a callable that makes one from the
+                list of trainable parameters. By name, the fastest implementation is chosen (fused, then foreach).
+            loss: a name of torch.nn.functional's with or without ``_loss`` (also "mse", "mae", "bce",
+                "bce_with_logits", "nll", "huber"), a module, or a callable ``loss(output, target)`` which returns a
+                0-d tensor, item losses, or ``(value, weight)``. With several outputs a list or dict of these. None
+                when the module's output carries ``.loss`` or ``["loss"]``, or `training_step` is overridden.
+            metrics: list, tuple or dict of names ("accuracy", "f1", "auroc", "mae", "r2", ...), torchmetrics metrics
+                or callables ``(output, target) -> tensor``; with several outputs nested by position or key.
+            learning_rate: of an optimizer by name; None is torch's default for the class.
+            loss_weights: factor of each output's loss in the total, in the structure of loss; None is 1.0 each.
+            weighted_metrics: metrics to which sample and class weights apply; they are divided by the sum of weights.
+            precision: "32-true" leaves parameters as they are, "64-true" converts module and inputs to float64,
+                "bf16-mixed" and "16-mixed" run forward and loss under autocast (the latter with a GradScaler).
+            jit_compile: whether to run the module through torch.compile.
+
+        Raises:
+            ValueError: unknown names, an optimizer that cannot be used, arguments that exclude each other.
+            TypeError: arguments of a wrong type.
+        """
+        check_choice("precision", precision, PRECISIONS)
+        check_flag("jit_compile", jit_compile)
+        losses = None if loss is None else OutputLosses(loss, loss_weights)
+        if losses is None and loss_weights is not None:
+            raise ValueError(f"loss_weights={show(loss_weights)} needs a loss for each output; received loss=None.")
+        compiled_metrics = CompiledMetrics(
+            metrics, weighted_metrics, output_names=None if losses is None else losses.names
+        )
+        made = make_optimizer(optimizer, self.module, learning_rate)
+        if losses is not None:
+            losses.to(self.device)
+        if precision == "64-true":
+            self.module.double()
+        if made is not None:
+            self.optimizer = made
+        self._compiled = Compiled(
+            module=self.module,
+            forward=torch.compile(self.module) if jit_compile else self.module,
+            losses=losses,
+            metrics=compiled_metrics,
+            precision=precision,  # type: ignore[arg-type]
+            device=self.device,
+            optimizer=made,
+            scaler=torch.amp.GradScaler(self.device.type) if precision == "16-mixed" else None,
+        )
+
+    @property
+    def metrics_names(self) -> list[str]:
+        """The keys of what `evaluate` returns, in order: loss, each output's loss, metrics."""
+        compiled = self._require_compiled()
+        names = [] if compiled.losses is None or compiled.losses.names is None else compiled.losses.names
+        active = [] if compiled.losses is None else compiled.losses.active
+        per_output = [f"{names[position]}_loss" for position in active] if names else []
+        return ["loss", *per_output, *compiled.metrics.names]
+
+    def fit(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        epochs: int | None = None,
+        verbose: int | str = "auto",
+        callbacks: Sequence[Callback] | Callback | None = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool | None = None,
+        class_weight: Mapping[int, float] | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int | Sequence[int] = 1,
+        min_nb_epochs: int = 1,
+        max_nb_epochs: int | None = None,
+        early_stop_callback: EarlyStopping | None = None,
+        enable_early_stop: bool = True,
+        accumulate_grad_batches: int | Mapping[int, int] = 1,
+        gradient_clip_val: float = 0,
+        track_grad_norm: float | str = -1,
+        train_percent_check: float = 1.0,
+        val_percent_check: float = 1.0,
+        overfit_pct: float = 0.0,
+        on_nonfinite: str = "raise",
+    ) -> History:
+        """Trains the module.
+
+        With ``epochs`` it trains that many, as Keras does. Without, at least min_nb_epochs and at most max_nb_epochs,
+        with early stopping on "val_loss" (on "loss" without validation data).
+
+        Args:
+            data: x as tensors, NumPy arrays, pandas objects or nests of them, batch first; ``(x, y)`` or
+                ``(x, y, sample_weight)``; a Dataset; a DataLoader or other iterable of batches; a generator.
+            y: targets, when data is x alone.
+            batch_size: samples in a batch, for arrays and Datasets; None is 32.
+            epochs: index (exclusive) of the last epoch; excludes max_nb_epochs.
+            verbose: 0 silent, 1 a progress bar, 2 a line an epoch; "auto" is 1 in a terminal or notebook, else 2.
+            callbacks: called in this order; then early stopping, History and the progress bar.
+            validation_split: the fraction of arrays or of a Dataset, at its end, that is kept for validation.
+            validation_data: what is validated on, in any form that data takes.
+            shuffle: whether batches that fitkit makes have a new order at each epoch; None is True for these. An
+                error for data that comes in batches.
+            class_weight: {class: weight} that multiplies the training losses of its samples; a missing class weighs
+                1. The loss is sum(weight x loss) over the unweighted denominator, as in Keras.
+            sample_weight: ``(N,)`` or the item losses' shape; as class_weight.
+            initial_epoch: 0-based index of the first epoch.
+            steps_per_epoch: batches in an epoch. Data of known length starts anew each epoch, other data goes on.
+            validation_steps: batches in a validation.
+            validation_batch_size: samples in a validation batch; None is batch_size.
+            validation_freq: validate every so many epochs, or after the 1-based epochs in a list.
+            min_nb_epochs: no early stopping before so many epochs.
+            max_nb_epochs: the limit without ``epochs``; None is 1000.
+            early_stop_callback: takes the place of the default early stopping.
+            enable_early_stop: False switches off every early stopping.
+            accumulate_grad_batches: batches that make one optimizer step, or {0-based epoch: batches} from that epoch
+                on. The gradient is that of the one large batch; a short last window makes its step.
+            gradient_clip_val: the largest 2-norm of all gradients together; 0 is off.
+            track_grad_norm: p of the gradient norms to log, "inf" for the largest; -1 is off.
+            train_percent_check: fraction of the training batches used in an epoch.
+            val_percent_check: fraction of the validation batches used.
+            overfit_pct: above 0, trains on this first part of the data, always the same batches unshuffled.
+            on_nonfinite: "raise" a NonFiniteLossError when an epoch's loss is NaN or infinite, "stop" or "ignore".
+
+        Returns:
+            The History, which is also `history`.
+
+        Raises:
+            ValueError: arguments out of range or in conflict, data that does not fit, a monitor that cannot appear.
+            TypeError: arguments of a wrong type.
+            NonFiniteLossError: a training loss was not finite (a FloatingPointError).
+        """
+        compiled = self._require_compiled()
+        flags = TrainingFlags(
+            epochs=epochs,
+            initial_epoch=initial_epoch,
+            min_nb_epochs=min_nb_epochs,
+            max_nb_epochs=max_nb_epochs,
+            enable_early_stop=enable_early_stop,
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=gradient_clip_val,
+            track_grad_norm=track_grad_norm,
+            train_percent_check=train_percent_check,
+            val_percent_check=val_percent_check,
+            overfit_pct=overfit_pct,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_freq=validation_freq,  # type: ignore[arg-type]
+            on_nonfinite=on_nonfinite,
+        )
+        batching = self._batching(batch_size, shuffle, training=True)
+        validating = self._validation_batching(batching, validation_batch_size)
+        training, held_out = as_split_batches(data, y, sample_weight, batching, validation_split, validating.batch_size)
+        if validation_data is not None:
+            if held_out is not None:
+                raise ValueError(f"{validation_split=} and validation_data=... exclude each other. Pass one of them.")
+            held_out = as_batches(validation_data, None, None, validating)
+        step = TrainStep(
+            compiled,
+            self._overridden("training_step"),
+            self._class_weight(class_weight, sample_weight),
+            gradient_clip_val=flags.gradient_clip_val,
+            norm_order=float(flags.track_grad_norm),
+        )
+        batches = _training_plan(training, flags)
+        level = resolve_verbose(verbose)
+        validation_plan = _validation_plan(held_out, flags, validation_batch_size)
+        chosen = self._callbacks(callbacks, early_stop_callback, flags, validates=held_out is not None)
+        self._check_monitors(chosen, flags, validates=held_out is not None)
+        self._check_steps(validates=held_out is not None)
+
+        params = {
+            "epochs": flags.last_epoch,
+            "initial_epoch": flags.initial_epoch,
+            "steps": batches.length,
+            "validation_steps": None if validation_plan is None else validation_plan.length,
+            "min_nb_epochs": flags.min_nb_epochs,
+            "verbose": level,
+        }
+        self.history = History()
+        self.history.params = params
+        hooks = self._hooks(chosen, params, self.history)
+        validation = None
+        if validation_plan is not None:
+            validation = loop.TestRun(self, self._test_step(compiled), validation_plan, hooks)
+        self.stop_training = False
+        self._is_fitting = True
+        try:
+            loop.fit(loop.FitRun(self, step, batches, hooks, flags, validation, chosen))
+        finally:
+            self._is_fitting = False
+        return self.history
+
+    def evaluate(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        steps: int | None = None,
+        verbose: int | str = "auto",
+        callbacks: Sequence[Callback] | Callback | None = None,
+        return_dict: bool = False,
+    ) -> float | list[float] | dict[str, float]:
+        """Loss and metrics over data, as exact means over all of it.
+
+        Args:
+            data: as in `fit`.
+            y: as in `fit`.
+            batch_size: as in `fit`; the numbers do not depend on it.
+            sample_weight: as in `fit`.
+            steps: batches to take; None is all.
+            verbose: as in `fit`.
+            callbacks: whose test hooks are called.
+            return_dict: whether to return all numbers by name.
+
+        Returns:
+            The loss, or a list in the order of `metrics_names`, or a dict.
+
+        Raises:
+            ValueError: arguments out of range or in conflict, or data that does not fit.
+            TypeError: arguments of a wrong type.
+        """
+        compiled = self._require_compiled()
+        check_flag("return_dict", return_dict)
+        self._check_steps(validates=True)
+        batches = as_batches(data, y, sample_weight, self._batching(batch_size, None, training=False))
+        plan = _plan(batches, steps)
+        hooks = self._listeners(callbacks, verbose, plan)
+        with self._undisturbed(), loop.reported_errors(hooks):
+            logs = loop.evaluate(loop.TestRun(self, self._test_step(compiled), plan, hooks))
+        return self._returned(logs, return_dict)
+
+    def predict(
+        self,
+        data: Any,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        verbose: int | str = "auto",
+        callbacks: Sequence[Callback] | Callback | None = None,
+    ) -> Any:
+        """The module's outputs for all samples.
+
+        Args:
+            data: as in `fit`; of ``(x, y)`` and ``(x, y, sample_weight)`` only x is used.
+            batch_size: as in `fit`.
+            steps: batches to take; None is all.
+            verbose: as in `fit`.
+            callbacks: whose predict hooks are called.
+
+        Returns:
+            CPU tensors in the structure of the module's output, joined along the batch dimension. 0-d tensors and
+            what is no tensor are left out.
+
+        Raises:
+            ValueError: arguments out of range or in conflict, or data that does not fit.
+            TypeError: arguments of a wrong type.
+        """
+        batches = as_batches(data, None, None, self._batching(batch_size, None, training=False))
+        plan = _plan(batches, steps)
+        hooks = self._listeners(callbacks, verbose, plan)
+        step = PredictStep(self._for_prediction(), self._overridden("predict_step"))
+        with self._undisturbed(), loop.reported_errors(hooks):
+            outputs = loop.predict(loop.PredictRun(self, step, plan, hooks))
+        return join(outputs)
+
+    def train_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        return_dict: bool = False,
+    ) -> float | list[float] | dict[str, float]:
+        """One optimizer step on one batch.
+
+        Args:
+            x: the inputs of the batch, or a whole batch.
+            y: its targets.
+            sample_weight: as in `fit`.
+            class_weight: as in `fit`.
+            return_dict: whether to return the numbers by name.
+
+        Returns:
+            Loss and metrics of this batch alone, before the step, as `evaluate` returns them.
+
+        Raises:
+            ValueError: arguments out of range or in conflict, or data that does not fit.
+            TypeError: arguments of a wrong type.
+        """
+        check_flag("return_dict", return_dict)
+        compiled = self._require_compiled()
+        step = TrainStep(compiled, self._overridden("training_step"), self._class_weight(class_weight, sample_weight))
+        batch = self._one_batch(x, y, sample_weight)
+        with kept_modes(self.module), kept_gradients(self.module):
+            if not self.module.training:
+                self.module.train()
+            step(batch, 0)
+            logs, _ = step.epoch_logs()
+        return self._returned(logs, return_dict)
+
+    def test_on_batch(
+        self, x: Any, y: Any = None, *, sample_weight: Any = None, return_dict: bool = False
+    ) -> float | list[float] | dict[str, float]:
+        """Loss and metrics of one batch, without training.
+
+        Args:
+            x: the inputs of the batch, or a whole batch.
+            y: its targets.
+            sample_weight: as in `fit`.
+            return_dict: whether to return the numbers by name.
+
+        Returns:
+            Loss and metrics of this batch alone, as `evaluate` returns them.
+
+        Raises:
+            ValueError: arguments out of range or in conflict, or data that does not fit.
+            TypeError: arguments of a wrong type.
+        """
+        check_flag("return_dict", return_dict)
+        compiled = self._require_compiled()
+        self._check_steps(validates=True)
+        step = self._test_step(compiled)
+        batch = self._one_batch(x, y, sample_weight)
+        with kept_modes(self.module):
+            self.module.eval()
+            step(batch, 0)
+            logs = step.epoch_logs()
+        return self._returned(logs, return_dict)
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """The module's output for one batch, on the CPU, in its own structure.
+
+        Args:
+            x: the inputs of the batch, or a whole batch.
+
+        Raises:
+            ValueError: data that does not fit.
+            TypeError: data of a wrong type.
+        """
+        step = PredictStep(self._for_prediction(), self._overridden("predict_step"))
+        batch = self._one_batch(x, None, None)
+        with kept_modes(self.module):
+            self.module.eval()
+            step(batch, 0)
+        return join(step.outputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """The loss of a training batch; override it for a loss that compile cannot express.
+
+        A step of your own is given the batch as the data gave it, on the device, under the precision of compile. When
+        the loss that it returns has no gradient (``loss.detach()``), it is taken to have stepped by itself, as a GAN
+        with two optimizers does: then there is no backward pass and no optimizer step.
+
+        Args:
+            batch: x, ``(x, y)`` or ``(x, y, sample_weight)``, or what a loader gives.
+            batch_idx: 0-based index in the epoch.
+
+        Returns:
+            The loss as a tensor of one number, or a dict with "loss" and further numbers to log as means over the
+            epoch. They are weighted by samples unless "weight" stands beside them. With "output" and "target" in the
+            dict, the compiled metrics compare these.
+        """
+        outcome = Computation(self._require_compiled(), None)(batch, batch_idx)
+        return outcome.parts[0].value
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """The loss of a validation batch; override it as `training_step`.
+
+        Args:
+            batch: as in `training_step`.
+            batch_idx: as in `training_step`.
+
+        Returns:
+            As `training_step`.
+        """
+        outcome = Computation(self._require_compiled(), None)(batch, batch_idx)
+        return outcome.parts[0].value
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The outputs for a batch; override it for outputs that are not simply the module's.
+
+        Args:
+            batch: as in `training_step`; what predict was given, targets included.
+            batch_idx: as in `training_step`.
+
+        Returns:
+            Tensors, batch first, or nests of them.
+        """
+        step = PredictStep(self._for_prediction())
+        step(batch, batch_idx)
+        return step.outputs[0]
+
+    def summary(self, input_data: Any = None, *, depth: int = 3, print_fn: Callable[[str], Any] = print) -> None:
+        """Prints a table of the layers: name, output shape, parameters, trainable; with totals and size.
+
+        Args:
+            input_data: a batch of inputs, for output shapes; None leaves these out.
+            depth: how many levels of nested modules are shown.
+            print_fn: what the text is given to.
+
+        Raises:
+            ValueError: depth is below 1.
+        """
+        check_integer("depth", depth, least=1)
+        if input_data is not None:
+            input_data = self._one_batch(input_data, None, None)
+        print_fn(summarize(self.module, input_data, depth=depth))
+
+    def save_weights(self, path: str | os.PathLike[str]) -> None:
+        """Writes the module's state_dict, as a whole or not at all; a ``.safetensors`` path uses safetensors.
+
+        Args:
+            path: where to.
+        """
+        save_weights(self.module, path)
+
+    def load_weights(self, path: str | os.PathLike[str]) -> None:
+        """Reads weights that `save_weights` or ``torch.save(module.state_dict(), path)`` wrote.
+
+        Args:
+            path: where from.
+
+        Raises:
+            ValueError: the file is damaged, no such file format, or of another module; the module is unchanged.
+        """
+        load_weights(self.module, path)
+
+    def _require_compiled(self) -> Compiled:
+        if self._compiled is None:
+            raise RuntimeError("Expected a compiled model. Call model.compile(optimizer=..., loss=...) first.")
+        return self._compiled
+
+    def _for_prediction(self) -> Compiled:
+        """What was compiled, or, since predict needs no compile, the module as it is."""
+        if self._compiled is not None:
+            return self._compiled
+        nothing = CompiledMetrics(None, None, output_names=None)
+        return Compiled(self.module, self.module, None, nothing, "32-true", self.device)
+
+    def _overridden(self, name: str) -> Callable[[Any, int], Any] | None:
+        """The user's own step; None where it is the one of this class."""
+        step: Callable[[Any, int], Any] = getattr(self, name)
+        return None if getattr(step, "__func__", None) is getattr(Model, name) else step
+
+    def _test_step(self, compiled: Compiled) -> TestStep:
+        return TestStep(compiled, self._overridden("validation_step"))
+
+    def _check_steps(self, *, validates: bool) -> None:
+        needs_loss = self._require_compiled().losses is None and self._overridden("training_step") is not None
+        if validates and needs_loss and self._overridden("validation_step") is None:
+            raise ValueError(
+                "Expected a loss for validation, since training_step is overridden and compile was given loss=None. "
+                "Override validation_step as well, or pass compile(loss=...)."
+            )
+
+    def _batching(self, batch_size: int | None, shuffle: bool | None, *, training: bool) -> Batching:
+        return Batching(batch_size, shuffle, training, module_dtype(self.module), self.device)
+
+    def _validation_batching(self, batching: Batching, validation_batch_size: int | None) -> Batching:
+        return replace(
+            batching,
+            batch_size=validation_batch_size,
+            shuffle=None,
+            training=False,
+            argument="validation_data",
+            batch_size_argument="validation_batch_size",
+            default_size=batching.size,
+        )
+
+    def _class_weight(self, class_weight: Any, sample_weight: Any) -> ClassWeight | None:
+        if class_weight is None:
+            return None
+        if sample_weight is not None:
+            raise ValueError(
+                "class_weight=... and sample_weight=... exclude each other. Multiply them into one of them."
+            )
+        if not isinstance(class_weight, Mapping) or not class_weight:
+            raise TypeError(f"Expected {{class: weight}}, received class_weight={show(class_weight)}.")
+        compiled = self._require_compiled()
+        if self._overridden("training_step") is not None or compiled.losses is None or compiled.losses.names:
+            raise ValueError(
+                "class_weight=... needs one compiled loss over one output. With several outputs, a training_step of "
+                "your own or a loss that the module returns, pass sample weights with the data."
+            )
+        weights = {
+            check_integer("class_weight's class", key, least=0): check_number(
+                f"class_weight[{key!r}]", value, least=0.0
+            )
+            for key, value in class_weight.items()
+        }
+        return ClassWeight(weights, self.device)
+
+    def _callbacks(
+        self, callbacks: Any, early_stop_callback: Any, flags: TrainingFlags, *, validates: bool
+    ) -> list[Callback]:
+        chosen = check_callbacks(callbacks)
+        if early_stop_callback is not None:
+            if not isinstance(early_stop_callback, EarlyStopping):
+                raise TypeError(f"Expected an EarlyStopping, received early_stop_callback={show(early_stop_callback)}.")
+            chosen.append(early_stop_callback)
+        elif flags.default_stop:
+            chosen.append(EarlyStopping("val_loss" if validates else "loss", patience=3, mode="min"))
+        if not flags.enable_early_stop:
+            chosen = [callback for callback in chosen if not isinstance(callback, EarlyStopping)]
+        return chosen
+
+    def _check_monitors(self, callbacks: Sequence[Callback], flags: TrainingFlags, *, validates: bool) -> None:
+        known = list(self.metrics_names)
+        if validates:
+            known += [f"val_{name}" for name in self.metrics_names]
+        if flags.track_grad_norm != -1:
+            known += norm_names(self.module, trained_parameters(self._require_compiled()), float(flags.track_grad_norm))
+        own_steps = any(self._overridden(name) for name in ("training_step", "validation_step"))
+        adding = [
+            callback
+            for callback in callbacks
+            if not type(callback).__module__.startswith("fitkit.") or type(callback).__name__ == "LambdaCallback"
+        ]
+        may_be_added = own_steps or any(
+            {"on_epoch_end", "on_test_end"} & set(implemented_hooks(callback)) for callback in adding
+        )
+        for callback in callbacks:
+            if isinstance(callback, MonitorCallback):
+                callback.check_monitor(known, may_be_added)
+
+    def _hooks(self, callbacks: Sequence[Callback], params: dict[str, Any], *more: Any) -> HookTable:
+        """Introduces the callbacks to the model, and lists who answers which hook."""
+        listeners = list(callbacks)
+        bars = []
+        if params["verbose"] and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            bars.append(ProgressBar())
+        for callback in [*listeners, *bars]:
+            callback.set_model(self)
+            callback.set_params(params)
+        return HookTable([*listeners, *more, *bars])
+
+    def _listeners(self, callbacks: Any, verbose: int | str, plan: EpochPlan) -> HookTable:
+        """The hooks of an evaluation or a prediction."""
+        return self._hooks(check_callbacks(callbacks), {"steps": plan.length, "verbose": resolve_verbose(verbose)})
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        """Inside a fit, what a callback evaluates or predicts changes nothing that the fit draws."""
+        return kept_random_state(self.device) if self._is_fitting else nullcontext()
+
+    def _one_batch(self, x: Any, y: Any, sample_weight: Any) -> Any:
+        """Arrays as one batch of tensors; any other batch object as it is."""
+        if y is None and not isinstance(x, (Tensor, tuple, list, Mapping)) and not hasattr(x, "__array__"):
+            return x
+        batching = replace(self._batching(None, None, training=False), whole=True)
+        iterator: Iterator[Any] = iter(as_batches(x, y, sample_weight, batching))
+        return next(iterator)
+
+    def _returned(self, logs: dict[str, float], return_dict: bool) -> float | list[float] | dict[str, float]:
+        if return_dict:
+            return logs
+        numbers = [logs[name] for name in self.metrics_names]
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _plan(batches: Batches, steps: int | None) -> EpochPlan:
+    if steps is not None:
+        check_integer("steps", steps, least=1)
+    return EpochPlan(batches, steps, "data", "steps")
+
+
+def _training_plan(batches: Batches, flags: TrainingFlags) -> EpochPlan:
+    fraction, name = flags.train_percent_check, "train_percent_check"
+    if flags.overfit_pct:
+        fraction, name = flags.overfit_pct, "overfit_pct"
+        batches = batches.in_order()
+    limit = _limit(batches, flags.steps_per_epoch, fraction, name, "steps_per_epoch")
+    plan = EpochPlan(batches, limit, "data", "steps_per_epoch")
+    plan.check_epochs(flags.last_epoch - flags.initial_epoch)
+    return plan
+
+
+def _validation_plan(batches: Batches | None, flags: TrainingFlags, batch_size: int | None) -> EpochPlan | None:
+    if batches is None:
+        for name, value in (("validation_steps", flags.validation_steps), ("validation_batch_size", batch_size)):
+            if value is not None:
+                raise ValueError(f"{name}={value} needs validation_data=... or validation_split=...")
+        return None
+    fraction, name = flags.val_percent_check, "val_percent_check"
+    if flags.overfit_pct:
+        fraction, name = flags.overfit_pct, "overfit_pct"
+        batches = batches.in_order()
+    limit = _limit(batches, flags.validation_steps, fraction, name, "validation_steps")
+    plan = EpochPlan(batches, limit, "validation_data", "validation_steps")
+    plan.check_epochs(sum(flags.validates(epoch) for epoch in range(flags.initial_epoch, flags.last_epoch)))
+    return plan
+
+
+def _limit(batches: Batches, steps: int | None, fraction: float, name: str, steps_name: str) -> int | None:
+    """Batches in an epoch by count or by fraction; None is all."""
+    whole = fraction == 1.0 and name != "overfit_pct"
+    if steps is not None:
+        if not whole:
+            raise ValueError(f"{steps_name}={steps} and {name}={fraction} exclude each other. Pass one of them.")
+        return steps
+    if fraction == 1.0:
+        return None
+    if batches.length is None:
+        raise ValueError(
+            f"{name}={fraction} is a fraction of data that does not tell its length. Pass {steps_name}=... instead."
+        )
+    return max(1, int(batches.length * fraction))

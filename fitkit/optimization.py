@@ -1,0 +1,129 @@
+"""From what a user writes as an optimizer to a torch optimizer.
+
+By name, the fastest implementation that the parameters allow is chosen: fused, then foreach. Both compute what
+the plain one computes, up to the order of roundings within a step (a few units in the last place).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fitkit.errors import check_number, show, unknown_name
+
+OptimizerArgument = str | Optimizer | Callable[[list[nn.Parameter]], Optimizer]
+
+
+def known_optimizers() -> dict[str, type[Optimizer]]:
+    """Every optimizer class of torch.optim by its name in lower case."""
+    members = {name.lower(): member for name, member in vars(torch.optim).items() if inspect.isclass(member)}
+    return {
+        name: member for name, member in members.items() if issubclass(member, Optimizer) and member is not Optimizer
+    }
+
+
+def make_optimizer(
+    optimizer: OptimizerArgument, module: nn.Module, learning_rate: float | None = None
+) -> Optimizer | None:
+    """The torch optimizer that a name, a callable or an optimizer means.
+
+    Args:
+        optimizer: the name of a torch.optim class in any case, a callable that takes the list of trainable
+            parameters, or an optimizer.
+        module: whose trainable parameters an optimizer by name, or a callable, is given.
+        learning_rate: for an optimizer by name; None is the default of the torch class.
+
+    Returns:
+        The optimizer; None when every parameter is frozen and there is nothing to train.
+
+    Raises:
+        ValueError: an unknown name; LBFGS; learning_rate beside an optimizer that has one; lazy parameters.
+        TypeError: what came is none of the three.
+    """
+    if learning_rate is not None:
+        check_number("learning_rate", learning_rate, least=0.0)
+    if isinstance(optimizer, str):
+        return _by_name(optimizer, _trainable(module), learning_rate)
+    if learning_rate is not None:
+        raise ValueError(
+            f"learning_rate={learning_rate} goes with an optimizer by name; received optimizer={show(optimizer)}. "
+            "Give the learning rate where you make the optimizer."
+        )
+    if inspect.isclass(optimizer):
+        raise TypeError(
+            f"Expected an optimizer, received the class optimizer={show(optimizer)}. Write "
+            f"{optimizer.__name__.lower()!r} or torch.optim.{optimizer.__name__}(module.parameters(), lr=...)."
+        )
+    made = optimizer if isinstance(optimizer, Optimizer) else _called(optimizer, _trainable(module))
+    if made is None:
+        return None
+    _refuse_lbfgs(type(made))
+    _refuse_foreign(made, module)
+    return made
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters):
+        raise ValueError(
+            "Expected a module whose parameters have shapes, received lazy parameters that no batch has shaped yet. "
+            "Call the module once on a batch before compile()."
+        )
+    return parameters
+
+
+def _by_name(name: str, parameters: Sequence[nn.Parameter], learning_rate: float | None) -> Optimizer | None:
+    known = known_optimizers()
+    if name.lower() not in known:
+        raise unknown_name("optimizer", name, known)
+    kind: Any = known[name.lower()]
+    _refuse_lbfgs(kind)
+    if not parameters:
+        return None
+    options: dict[str, Any] = {} if learning_rate is None else {"lr": learning_rate}
+    accepted = inspect.signature(kind).parameters
+    # torch refuses fused kernels for some devices and dtypes, and says so in the constructor only.
+    for implementation in ("fused", "foreach"):
+        if implementation in accepted and all(parameter.is_floating_point() for parameter in parameters):
+            try:
+                return kind(parameters, **options, **{implementation: True})  # type: ignore[no-any-return]
+            except RuntimeError:
+                continue
+    return kind(parameters, **options)  # type: ignore[no-any-return]
+
+
+def _called(make: Any, parameters: list[nn.Parameter]) -> Optimizer | None:
+    if not callable(make):
+        raise TypeError(
+            "Expected a name, a torch.optim optimizer or a callable that takes the parameters, "
+            f"received optimizer={show(make)}."
+        )
+    if not parameters:
+        return None
+    made = make(parameters)
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"Expected optimizer(parameters) to return an optimizer, received {show(made)}.")
+    return made
+
+
+def _refuse_lbfgs(kind: type[Optimizer]) -> None:
+    if issubclass(kind, torch.optim.LBFGS):
+        raise ValueError(
+            "Expected an optimizer whose step needs no closure, received optimizer=LBFGS. "
+            "Override training_step to call optimizer.step(closure) by yourself, or choose another optimizer."
+        )
+
+
+def _refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
+    own = {id(parameter) for parameter in module.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(id(parameter) in own for parameter in held):
+        raise ValueError(
+            "Expected an optimizer over parameters of the module, received an optimizer that holds none of them. "
+            "Make it from the parameters of the module that the Model was given."
+        )

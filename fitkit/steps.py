@@ -1,0 +1,548 @@
+"""What happens to one batch: the training step, the test step and the prediction step.
+
+A step is called by the one batch loop (loop.py) with a batch and its index. Steps keep their numbers on the device
+and never read one; the loop and the callbacks ask for numbers through `logs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from fitkit import batch as batches_of
+from fitkit._types import OutputMeaning, Precision
+from fitkit.device import autocast, move
+from fitkit.gradients import GradientNorms, clip_gradients
+from fitkit.logs import BatchLogs, Tally, read
+from fitkit.losses import OutputLosses, Part, show_structure
+from fitkit.metrics import CompiledMetrics, RunningMetrics
+from fitkit.windows import Window, weighted_sum
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What `Model.compile` made: everything a step needs that is the same in every run.
+
+    Attributes:
+        module: the user's module.
+        forward: what is called: the module, or its compiled form.
+        losses: of every output; None when the module or the user's step gives the loss.
+        metrics: by name, torchmetrics or callables.
+        precision: that of forward and loss.
+        device: where it happens.
+        optimizer: None when nothing can be trained.
+        scaler: for "16-mixed".
+    """
+
+    module: nn.Module
+    forward: Callable[..., Any]
+    losses: OutputLosses | None
+    metrics: CompiledMetrics
+    precision: Precision
+    device: torch.device
+    optimizer: torch.optim.Optimizer | None = None
+    scaler: torch.amp.GradScaler | None = None
+
+
+class Outcome(NamedTuple):
+    """What forward and loss made of one batch.
+
+    Attributes:
+        parts: loss and weight of each output.
+        outputs: of the module, one for each loss.
+        targets: one for each loss; empty when there are none to compare with.
+        sample_weights: one for each loss, or None.
+        extra: what a step of the user's returned beside the loss.
+        weight: that of the extras.
+    """
+
+    parts: list[Part]
+    outputs: list[Any]
+    targets: list[Any]
+    sample_weights: list[Tensor | None] | None
+    extra: Mapping[str, Any]
+    weight: float | Tensor
+
+
+UserStep = Callable[[Any, int], Any]
+
+
+@final
+class Computation:
+    """Forward and loss of one batch, by the compiled loss or by the user's own step.
+
+    Args:
+        compiled: what `Model.compile` made.
+        user_step: an overridden training_step or validation_step; None for the compiled loss.
+        class_weight: weight of each class, for training.
+    """
+
+    def __init__(self, compiled: Compiled, user_step: UserStep | None, class_weight: ClassWeight | None = None) -> None:
+        self._compiled = compiled
+        self._user_step = user_step
+        self._class_weight = class_weight
+        self._moves = compiled.device.type != "cpu" or compiled.precision == "64-true"
+        self._dtype = torch.float64 if compiled.precision == "64-true" else None
+        self._names = ["loss"] if compiled.losses is None else compiled.losses.names or ["loss"]
+
+    def __call__(self, batch: Any, index: int) -> Outcome:
+        on_host = batch
+        if self._moves:
+            batch = move(batch, self._compiled.device, self._dtype)
+        if self._user_step is not None:
+            return self._user_outcome(self._user_step(batch, index), batch)
+        x, y, sample_weight = batches_of.unpack(batch)
+        output = batches_of.call(self._compiled.forward, x)
+        size = batches_of.count_samples(x, y)
+        losses = self._compiled.losses
+        if losses is None:
+            return self._own_outcome(output, batch, size)
+        if y is None:
+            raise ValueError(
+                "Expected batches of (x, y) since compile was given a loss; received batches of x alone. Pass y, or "
+                "compile(loss=None) for a module that returns its loss, or override training_step."
+            )
+        if self._class_weight is not None:
+            sample_weight = self._class_weight(y, sample_weight)
+        if losses.keys is None:
+            loss = losses.losses[0]
+            assert loss is not None  # a single loss is never None
+            target_on_host = batches_of.unpack(on_host)[1] if self._moves else y
+            part = loss(output, y, size, sample_weight, target_on_host)
+            return Outcome([part], [output], [y], None if sample_weight is None else [sample_weight], {}, size)
+        return self._several(losses, output, y, sample_weight, size, on_host)
+
+    def _several(
+        self, losses: OutputLosses, output: Any, y: Any, sample_weight: Any, size: int, on_host: Any
+    ) -> Outcome:
+        outputs, targets = losses.select(output, "the module's output"), losses.select(y, "y")
+        on_host_targets = losses.select(batches_of.unpack(on_host)[1], "y")
+        if sample_weight is None or isinstance(sample_weight, Tensor):
+            weights = [sample_weight] * len(outputs)
+        else:
+            weights = losses.select(sample_weight, "sample_weight")
+        parts = []
+        for position in losses.active:
+            loss = losses.losses[position]
+            assert loss is not None  # active ones are not
+            count = batches_of.count_samples(outputs[position], targets[position])
+            parts.append(
+                loss(outputs[position], targets[position], count, weights[position], on_host_targets[position])
+            )
+        return Outcome(parts, outputs, targets, None if sample_weight is None else weights, {}, size)
+
+    def _own_outcome(self, output: Any, batch: Any, size: int) -> Outcome:
+        """The loss is the module's own; ``logits`` beside it and ``labels`` in the batch are what metrics compare."""
+        loss, weight = batches_of.own_loss(output)
+        counted = size if weight is None else weight
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        compared = labels is not None and logits is not None
+        return Outcome([Part(loss, counted)], [logits] * compared, [labels] * compared, None, {}, size)
+
+    def _user_outcome(self, returned: Any, batch: Any) -> Outcome:
+        extra: dict[str, Any] = {}
+        loss = returned
+        if isinstance(returned, Mapping):
+            extra = dict(returned)
+            if "loss" not in extra:
+                raise ValueError(
+                    f'Expected the step to return a loss tensor or a dict with "loss", received the keys {list(extra)}.'
+                )
+            loss = extra.pop("loss")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(
+                f"Expected the step to return a loss of one number as a tensor, received {show_structure(loss)}."
+            )
+        weight = extra.pop("weight", None)
+        if weight is None:
+            weight = batches_of.count_samples(*batches_of.unpack(batch)[:2] if _is_batch(batch) else (batch, None))
+        weight = weight.detach() if isinstance(weight, Tensor) else float(weight)
+        outputs, targets = (
+            ([extra.pop("output")], [extra.pop("target")]) if {"output", "target"} <= set(extra) else ([], [])
+        )
+        for name, value in extra.items():
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(
+                    f"Expected the step's {name!r} to be one number, received {show_structure(value)}. Reduce it."
+                )
+        return Outcome([Part(loss.reshape(()), weight)], outputs, targets, None, extra, weight)
+
+
+def _is_batch(batch: Any) -> bool:
+    return not isinstance(batch, (tuple, list)) or 1 <= len(batch) <= 3
+
+
+@final
+class ClassWeight:
+    """Sample weights from targets: the weight of the class that each target names, 1 for a class without one.
+
+    Args:
+        weights: {class: weight}.
+        device: where the targets are.
+    """
+
+    def __init__(self, weights: Mapping[int, float], device: torch.device) -> None:
+        self._last = max(weights) + 1
+        table = torch.ones(self._last + 1)
+        for index, weight in weights.items():
+            table[index] = weight
+        self._table = table.to(device)
+
+    def __call__(self, target: Any, sample_weight: Any) -> Tensor:
+        """Weights of shape ``(N,)``, or of the targets' shape for a class per pixel or token.
+
+        Raises:
+            ValueError: there are sample weights as well, or targets that name no class.
+        """
+        if sample_weight is not None:
+            raise ValueError("class_weight=... came with data that has sample weights. Use one of the two.")
+        if not isinstance(target, Tensor):
+            raise ValueError(f"class_weight=... needs one tensor of targets, received {show_structure(target)}.")
+        classes = target
+        if target.dim() == 2 and target.shape[1] == 1:
+            classes = target.squeeze(1)
+        elif target.dim() > 1 and target.is_floating_point():
+            classes = target.argmax(1)
+        index = classes.long()
+        return self._table[torch.where(index < 0, self._last, index.clamp(max=self._last))]
+
+
+@dataclass
+class Numbers:
+    """The running numbers of one run: losses, metrics and what the user's step returned.
+
+    Attributes:
+        tally: running means.
+        metrics: running metrics.
+        last: the latest batch's loss.
+        norms: of the gradients, where they are tracked.
+    """
+
+    compiled: Compiled
+    tally: Tally
+    metrics: RunningMetrics
+    last: Tensor | None = None
+    norms: GradientNorms | None = None
+
+    @classmethod
+    def start(cls, compiled: Compiled) -> Numbers:
+        """Empty numbers for a new run; they share nothing with those of any other run."""
+        meanings = [OutputMeaning()] if compiled.losses is None else compiled.losses.meanings
+        return cls(compiled, Tally(compiled.device), compiled.metrics.start(meanings, compiled.device))
+
+    def reset(self) -> None:
+        """Starts an epoch."""
+        self.tally.reset()
+        self.metrics.reset()
+        self.last = None
+        if self.norms is not None:
+            self.norms.reset()
+
+    def add(self, outcome: Outcome) -> None:
+        """Takes one batch in."""
+        losses = self.compiled.losses
+        if losses is None or losses.keys is None:
+            part = outcome.parts[0]
+            adds_up = losses is not None and losses.losses[0] is not None and losses.losses[0].adds_up
+            self.last = part.value.detach()
+            self.tally.mean("loss", adds_up=adds_up).add(self.last, part.weight)
+        else:
+            self._add_several(losses, outcome)
+        if outcome.extra:
+            for name, value in outcome.extra.items():
+                number = value.detach().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
+                self.tally.mean(name).add(number.to(self.compiled.device), outcome.weight)
+        if self.compiled.metrics.names:
+            self._add_to_metrics(outcome)
+
+    def _add_several(self, losses: OutputLosses, outcome: Outcome) -> None:
+        assert losses.names is not None  # they are named where there are several
+        for position, part in zip(losses.active, outcome.parts, strict=True):
+            loss = losses.losses[position]
+            mean = self.tally.mean(f"{losses.names[position]}_loss", adds_up=loss is not None and loss.adds_up)
+            mean.add(part.value.detach(), part.weight)
+        total = weighted_sum(outcome.parts, [losses.weights[position] for position in losses.active])
+        self.last = None if total is None else total.detach()
+
+    def _add_to_metrics(self, outcome: Outcome) -> None:
+        if not outcome.targets:
+            raise ValueError(
+                f"metrics={self.compiled.metrics.names} need outputs and targets, which a step of your own or a module "
+                'that returns its loss does not show. Return {"loss": ..., "output": ..., "target": ...} from the '
+                "step, or return the metric's value by its name, or compile without metrics."
+            )
+        self.metrics.update([_detached(output) for output in outcome.outputs], outcome.targets, outcome.sample_weights)
+
+    def values(self) -> dict[str, Tensor]:
+        """Every running number as a 0-d tensor on the device, "loss" first."""
+        means = self.tally.values()
+        values = {"loss": self.loss(means), **means}
+        return {**values, **self.metrics.compute()}
+
+    def loss(self, means: Mapping[str, Tensor]) -> Tensor:
+        """The total loss: the mean, or the weighted sum of the outputs' means."""
+        losses = self.compiled.losses
+        if losses is None or losses.names is None:
+            return means["loss"]
+        total = torch.zeros((), device=self.compiled.device)
+        for position in losses.active:
+            total = total + losses.weights[position] * means[f"{losses.names[position]}_loss"]
+        return total
+
+    def names(self) -> list[str]:
+        """The keys that batch logs have now."""
+        names = ["loss", *(name for name in self.tally.means if name != "loss"), *self.compiled.metrics.names]
+        if self.last is not None:
+            names.append("batch_loss")
+        if self.norms is not None and self.norms.last is not None:
+            names += self.norms.names
+        return names
+
+    def number(self, name: str) -> Tensor:
+        """The running number of that name as a 0-d tensor on the device; KeyError for another name."""
+        if name == "loss":
+            return self.loss(self.tally.values())
+        if name in self.tally.means:
+            return self.tally.means[name].value()
+        if name in self.compiled.metrics.names:
+            return self.metrics.compute()[name]
+        if name == "batch_loss" and self.last is not None:
+            return self.last
+        if self.norms is not None and self.norms.last is not None and name in self.norms.names:
+            return self.norms.last[self.norms.names.index(name)]
+        raise KeyError(name)
+
+    def first_bad(self) -> Tensor:
+        """The index of the first batch with a loss that is not finite; -1 when there is none."""
+        found = [mean.first_bad() for name, mean in self.tally.means.items() if name.endswith("loss")]
+        indices = torch.stack([index.to(torch.int64) for index in found])
+        first = torch.where(indices < 0, torch.iinfo(torch.int64).max, indices).min()
+        return torch.where((indices < 0).all(), -1, first)
+
+
+def _detached(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach()
+    if isinstance(output, Mapping):
+        return {key: _detached(value) for key, value in output.items()}
+    if isinstance(output, (tuple, list)):
+        return [_detached(value) for value in output]
+    return output
+
+
+@final
+class TrainStep:
+    """The training step: forward, loss, backward, and at the end of a window clipping and the optimizer's step.
+
+    Args:
+        compiled: what `Model.compile` made.
+        user_step: an overridden training_step.
+        class_weight: weight of each class.
+        gradient_clip_val: norm to which the gradients are clipped; 0 is off.
+        norm_order: p of the gradient norms to track; -1 is off.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        user_step: UserStep | None = None,
+        class_weight: ClassWeight | None = None,
+        gradient_clip_val: float = 0.0,
+        norm_order: float = -1,
+    ) -> None:
+        if compiled.optimizer is None and user_step is None:
+            raise ValueError("Expected a module with trainable parameters, received one that has none to train.")
+        self.numbers = Numbers.start(compiled)
+        self.logs = BatchLogs(self.numbers)
+        self._compute = Computation(compiled, user_step, class_weight)
+        self._autocast = autocast(compiled.precision, compiled.device)
+        self._compiled = compiled
+        self._window = Window(None if user_step is not None else compiled.losses)
+        self._clip = gradient_clip_val
+        self._norm_order = norm_order
+        self._scaler = compiled.scaler
+        self._by_hand = False
+        self.begin_epoch(1, None)
+
+    def begin_epoch(self, batches_per_step: int, length: int | None) -> None:
+        """Empties the running numbers and sets how many batches make a step.
+
+        Args:
+            batches_per_step: K of the gradient accumulation.
+            length: batches in the epoch; None when it is not known.
+        """
+        self._batches_per_step = batches_per_step
+        self._length = length
+        self._parameters = trained_parameters(self._compiled)
+        if self._norm_order != -1:
+            self.numbers.norms = GradientNorms(self._compiled.module, self._parameters, self._norm_order)
+        self._window.discard()
+        self.numbers.reset()
+
+    def __call__(self, batch: Any, index: int) -> None:
+        # A window starts without gradients; the last one of an epoch may be short.
+        if self._window.is_complete and not self._by_hand:
+            for parameter in self._parameters:
+                parameter.grad = None
+            left = self._batches_per_step if self._length is None else self._length - index
+            self._window.open(min(self._batches_per_step, max(left, 1)))
+
+        # Forward and loss, in the user's precision.
+        with self._autocast:
+            outcome = self._compute(batch, index)
+
+        # Backward and, where the window is complete, the optimizer's step.
+        if len(outcome.parts) > 1 or outcome.parts[0].value.requires_grad:
+            loss, seed = self._window.take(outcome.parts)
+            if self._window.is_separate:
+                self._window.backward_each(outcome.parts, self._scaler, self._parameters)
+            elif loss is not None:
+                scaled = loss if self._scaler is None else self._scaler.scale(loss)
+                scaled.backward(seed)  # type: ignore[no-untyped-call]
+            if self._window.is_complete:
+                self._update()
+        else:
+            self._by_hand = True  # a step of the user's that has trained by itself
+            self._window.discard()
+
+        # Numbers stay on the device.
+        self.numbers.add(outcome)
+
+    def finish(self) -> None:
+        """Ends the epoch: a window that is still open makes its step."""
+        if not self._window.is_complete:
+            self._update()
+        self._window.discard()
+
+    def release(self) -> None:
+        """Leaves no gradient behind for the next run."""
+        self._window.discard()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _update(self) -> None:
+        """One optimizer step: unscale, norm, clip, step."""
+        window, optimizer, scaler = self._window, self._compiled.optimizer, self._scaler
+        if optimizer is None:
+            raise ValueError("Expected a module with something to train, received one without trainable parameters.")
+        if not window.holds_something:
+            window.discard()
+            return
+        window.close(self._parameters)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norms = None if self.numbers.norms is None else self.numbers.norms.measure()
+        if self._clip:
+            total = None if norms is None else self.numbers.norms.clip_total(norms)  # type: ignore[union-attr]
+            clip_gradients(self._parameters, self._clip, total)
+        stepped = _step(optimizer, scaler)
+        if norms is not None and stepped:
+            self.numbers.norms.add(norms)  # type: ignore[union-attr]
+        window.discard()
+
+    def epoch_logs(self) -> tuple[dict[str, float], int | None]:
+        """The epoch's numbers, read at once, and the first batch whose loss was not finite (None: all were)."""
+        values = self.numbers.values()
+        if self.numbers.norms is not None:
+            values |= self.numbers.norms.means()
+        numbers = read({**values, _FIRST_BAD: self.numbers.first_bad()})
+        first_bad = numbers.pop(_FIRST_BAD)
+        return numbers, None if first_bad < 0 else int(first_bad)
+
+
+_FIRST_BAD = " first bad batch"
+
+
+def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
+    """The optimizer's step; False where the scaler skipped it because a gradient was not finite."""
+    if scaler is None:
+        optimizer.step()
+        return True
+    steps = []
+    counting = optimizer.register_step_post_hook(lambda *_: steps.append(True))
+    scaler.step(optimizer)
+    scaler.update()
+    counting.remove()
+    return bool(steps)
+
+
+def trained_parameters(compiled: Compiled) -> list[nn.Parameter]:
+    """The parameters that the optimizer has and that are not frozen."""
+    if compiled.optimizer is None:
+        return []
+    held = [parameter for group in compiled.optimizer.param_groups for parameter in group["params"]]
+    return [parameter for parameter in held if parameter.requires_grad]
+
+
+@final
+class TestStep:
+    """The test step: forward, loss and metrics, without gradients.
+
+    Args:
+        compiled: what `Model.compile` made.
+        user_step: an overridden validation_step.
+    """
+
+    __test__ = False  # not a test for pytest
+
+    def __init__(self, compiled: Compiled, user_step: UserStep | None = None) -> None:
+        self.numbers = Numbers.start(compiled)
+        self.logs = BatchLogs(self.numbers)
+        self._compute = Computation(compiled, user_step)
+        self._autocast = autocast(compiled.precision, compiled.device)
+
+    def begin_epoch(self) -> None:
+        """Empties the running numbers."""
+        self.numbers.reset()
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, index: int) -> None:
+        with self._autocast:
+            outcome = self._compute(batch, index)
+        self.numbers.add(outcome)
+
+    def finish(self) -> None:
+        """Nothing is open at the end of an epoch."""
+
+    def epoch_logs(self) -> dict[str, float]:
+        """The numbers of all batches, read at once."""
+        return read(self.numbers.values())
+
+
+@final
+class PredictStep:
+    """The prediction step: forward alone; keeps the outputs on the CPU.
+
+    Args:
+        compiled: what `Model.compile` made, or a stand-in where nothing was compiled.
+        user_step: an overridden predict_step.
+    """
+
+    def __init__(self, compiled: Compiled, user_step: UserStep | None = None) -> None:
+        self.outputs: list[Any] = []
+        self.logs: Mapping[str, Any] = {}
+        self._compiled = compiled
+        self._user_step = user_step
+        self._autocast = autocast(compiled.precision, compiled.device)
+        self._moves = compiled.device.type != "cpu" or compiled.precision == "64-true"
+        self._dtype = torch.float64 if compiled.precision == "64-true" else None
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, index: int) -> None:
+        if self._moves:
+            batch = move(batch, self._compiled.device, self._dtype)
+        with self._autocast:
+            if self._user_step is not None:
+                output = self._user_step(batch, index)
+            else:
+                output = batches_of.call(self._compiled.forward, batches_of.unpack(batch)[0])
+        self.logs = {"outputs": output}
+        self.outputs.append(batches_of.on_cpu(output))
+
+    def finish(self) -> None:
+        """Nothing is open at the end."""

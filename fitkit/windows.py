@@ -1,0 +1,179 @@
+"""A window: the micro-batches that make one optimizer step, each counted by what it holds.
+
+Each backward pass is seeded with the micro-batch's weight over the weight that the whole window is expected to
+have. When the window turns out to hold something else (a short batch, ignored targets), the gradients are
+multiplied once, at the step. Equal micro-batches therefore cost nothing beyond their backward passes, and no batch
+is looked at before its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from fitkit.device import sum_dtype
+from fitkit.losses import OutputLosses, Part, Weight
+
+
+@final
+class Window:
+    """The open window of a run.
+
+    Args:
+        losses: of every output; None when the module or training_step gives the loss itself.
+    """
+
+    def __init__(self, losses: OutputLosses | None) -> None:
+        active = [] if losses is None else [losses.losses[index] for index in losses.active]
+        self._shares = [1.0] if losses is None else [losses.weights[index] for index in losses.active]
+        self._adds_up = [loss is not None and loss.adds_up for loss in active] or [False]
+        # Outputs whose weights may change independently need gradients of their own until the window is complete.
+        self._outputs_differ = len(active) > 1 and any(
+            loss is not None and (loss.adds_up or loss.weight_depends_on_targets) for loss in active
+        )
+        self._seeds: dict[tuple[float, torch.dtype], Tensor] = {}
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets the micro-batches so far."""
+        self.size = 0
+        self.taken = 0
+        self._expected: list[float] = []
+        self._actual: list[Weight] = []
+        self._ratios: list[Weight] = []
+        self._gradients: list[list[Tensor | None]] = []
+
+    def open(self, size: int) -> None:
+        """Begins a window that is expected to have that many micro-batches."""
+        self.discard()
+        self.size = size
+
+    @property
+    def is_complete(self) -> bool:
+        return self.taken >= self.size
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether each output's loss goes backward by itself."""
+        return self._outputs_differ and self.size > 1
+
+    @property
+    def holds_something(self) -> bool:
+        """Whether any micro-batch had a target; taken for granted where only the device knows."""
+        return any(isinstance(weight, Tensor) or weight > 0 for weight in self._actual)
+
+    def take(self, parts: Sequence[Part]) -> tuple[Tensor | None, Tensor | None]:
+        """Adds a micro-batch to the window.
+
+        Args:
+            parts: the loss and weight of each output.
+
+        Returns:
+            What to call backward on, and the seed to call it with. No loss: there is nothing to do, because no
+            output had a target, or because `backward_each` is to be called.
+
+        Raises:
+            ValueError: outputs whose weights change independently of each other without saying so.
+        """
+        self.taken += 1
+        if self.size == 1:
+            self._actual = [part.weight for part in parts]
+            return weighted_sum(parts, self._shares), None
+        self._ratios = [self._ratio(index, part.weight) for index, part in enumerate(parts)]
+        if self.is_separate:
+            return None, None
+        if len({ratio for ratio in self._ratios if not isinstance(ratio, Tensor)}) > 1:
+            raise ValueError(
+                f"Expected outputs whose sizes grow alike from batch to batch, received batches that hold "
+                f"{self._ratios} of their windows. With outputs of varying lengths, let the losses return "
+                "(value, weight)."
+            )
+        total = weighted_sum(parts, self._shares)
+        return total, None if total is None else self._seed(self._ratios[0], total)
+
+    def _ratio(self, index: int, weight: Weight) -> Weight:
+        """The micro-batch's weight over the window's expected one."""
+        if isinstance(weight, Tensor):  # a count is an integer, whose quotient would be float32
+            weight = weight.to(sum_dtype(weight.device))
+        if self.taken == 1:
+            known = not isinstance(weight, Tensor) and weight > 0
+            self._expected.append(self.size * float(weight) if known else float(self.size))
+            self._actual.append(weight)
+        else:
+            self._actual[index] = self._actual[index] + weight
+        return 1.0 if self._adds_up[index] else weight / self._expected[index]
+
+    def _seed(self, ratio: Weight, loss: Tensor) -> Tensor:
+        """The ratio as a tensor to call backward with; those of the usual batches are kept."""
+        if isinstance(ratio, Tensor):
+            return ratio.to(loss.dtype)
+        key = (ratio, loss.dtype)
+        if key not in self._seeds:
+            if len(self._seeds) > 100:  # batches of ever new weights
+                self._seeds.clear()
+            self._seeds[key] = torch.full((), ratio, dtype=loss.dtype, device=loss.device)
+        return self._seeds[key]
+
+    def backward_each(self, parts: Sequence[Part], scaler: Any, parameters: Sequence[nn.Parameter]) -> None:
+        """Backward of each output's loss by itself, into gradients of its own, for the batch just taken."""
+        if not self._gradients:
+            self._gradients = [[None] * len(parameters) for _ in parts]
+        last = len(parts) - 1
+        for index, (part, ratio) in enumerate(zip(parts, self._ratios, strict=True)):
+            if not isinstance(part.weight, Tensor) and part.weight == 0:
+                continue
+            for parameter, gradient in zip(parameters, self._gradients[index], strict=True):
+                parameter.grad = gradient
+            loss = part.value if self._shares[index] == 1.0 else part.value * self._shares[index]
+            scaled = loss if scaler is None else scaler.scale(loss)
+            scaled.backward(self._seed(ratio, loss), retain_graph=index < last)
+            self._gradients[index] = [parameter.grad for parameter in parameters]
+
+    def close(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Leaves in the parameters the gradient of the batch that the micro-batches make up."""
+        if self.is_separate:
+            self._join(parameters)
+            return
+        if self.size > 1 and not self._adds_up[0]:
+            factor = self._correction(0)
+            if isinstance(factor, Tensor) or factor != 1.0:
+                _multiply([parameter.grad for parameter in parameters], factor)
+
+    def _join(self, parameters: Sequence[nn.Parameter]) -> None:
+        for index, gradients in enumerate(self._gradients):
+            _multiply(gradients, 1.0 if self._adds_up[index] else self._correction(index))
+        for position, parameter in enumerate(parameters):
+            found = [gradients[position] for gradients in self._gradients]
+            present = [gradient for gradient in found if gradient is not None]
+            parameter.grad = None if not present else sum(present[1:], start=present[0])
+
+    def _correction(self, index: int) -> Weight:
+        """What the window was expected to hold over what it holds."""
+        actual, expected = self._actual[index], self._expected[index]
+        if isinstance(actual, Tensor):
+            return torch.where(actual > 0, expected / actual, torch.zeros_like(actual))
+        return expected / actual if actual else 0.0
+
+
+def _multiply(gradients: Sequence[Tensor | None], factor: Weight) -> None:
+    """One fused multiplication of all gradients; none when the factor is 1."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present or (not isinstance(factor, Tensor) and factor == 1.0):
+        return
+    if isinstance(factor, Tensor):
+        factor = factor.to(present[0].dtype)
+    torch._foreach_mul_(present, factor)
+
+
+def weighted_sum(parts: Sequence[Part], shares: Sequence[float]) -> Tensor | None:
+    """The total loss of a batch; None when no output had a target."""
+    total: Tensor | None = None
+    for part, share in zip(parts, shares, strict=True):
+        if not isinstance(part.weight, Tensor) and part.weight == 0:
+            continue
+        value = part.value if share == 1.0 else part.value * share
+        total = value if total is None else total + value
+    return total

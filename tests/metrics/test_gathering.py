@@ -1,0 +1,221 @@
+"""Metrics by name are the same for any slicing, cost little per batch, and hold little."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fitkit._types import OutputMeaning
+from fitkit.metrics import CompiledMetrics
+from fitkit.metrics.gathering import HELD_BATCHES, HELD_ELEMENTS, Gathering
+from fitkit.metrics.names import NAMED, find_metric
+
+CPU = torch.device("cpu")
+CLASSES = OutputMeaning("logits", -100, classes=True)
+VALUES = OutputMeaning("values")
+OF_CLASSES = [name for name, metric in NAMED.items() if "multiclass" in metric.tasks]
+OF_VALUES = [name for name, metric in NAMED.items() if "regression" in metric.tasks]
+
+cuts = st.lists(st.integers(0, 40), max_size=8).map(lambda inner: [0, *sorted(inner), 40])
+
+
+def gather(names: list[str], meaning: OutputMeaning, *, weighted: bool = False) -> Gathering:
+    return Gathering({name: find_metric("metrics", name) for name in names}, meaning, CPU, weighted=weighted)
+
+
+def sliced(names: list[str], pair: tuple[Tensor, Tensor], meaning: OutputMeaning, edges: list[int]) -> dict[str, float]:
+    running = CompiledMetrics(names).start([meaning], CPU)
+    for start, stop in itertools.pairwise(edges):
+        running.update([pair[0][start:stop]], [pair[1][start:stop]], None)
+    return {name: float(value) for name, value in running.compute().items()}
+
+
+@given(edges=cuts, seed=st.integers(0, 99))
+def test_any_slicing_of_classes_gives_the_same(edges: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    output, target = torch.randn(40, 4, generator=generator), torch.randint(0, 4, (40,), generator=generator)
+    target[::7] = -100
+    whole = sliced(OF_CLASSES, (output, target), CLASSES, [0, 40])
+    assert sliced(OF_CLASSES, (output, target), CLASSES, edges) == pytest.approx(whole, rel=1e-12)
+
+
+@given(edges=cuts, seed=st.integers(0, 99), centre=st.sampled_from([0.0, 1000.0]))
+def test_any_slicing_of_values_gives_the_same(edges: list[int], seed: int, centre: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    output, target = torch.randn(2, 40, 2, generator=generator).abs() + centre
+    whole = sliced(OF_VALUES, (output, target), VALUES, [0, 40])
+    assert sliced(OF_VALUES, (output, target), VALUES, edges) == pytest.approx(whole, rel=1e-9)
+
+
+@given(edges=cuts)
+def test_any_slicing_gives_the_same_weighted_mean(edges: list[int]) -> None:
+    output, target, weight = torch.randn(40, 3), torch.randn(40, 3), torch.rand(40)
+    running = CompiledMetrics(None, ["mse"]).start([VALUES], CPU)
+    for start, stop in itertools.pairwise(edges):
+        running.update([output[start:stop]], [target[start:stop]], [weight[start:stop]])
+    errors = (output - target).double().square().mean(1)
+    assert float(running.compute()["mse"]) == pytest.approx(float((errors * weight).sum() / weight.sum()), rel=1e-6)
+
+
+def test_a_million_samples_lose_no_digits() -> None:
+    output, target = torch.randn(2, 1_000_000) + 300
+    names = ["mae", "mse", "r2", "explained_variance", "pearson"]
+    whole = sliced(names, (output, target), VALUES, [0, 1_000_000])
+    assert sliced(names, (output, target), VALUES, list(range(0, 1_000_001, 8000))) == pytest.approx(whole, rel=1e-10)
+    exact = float((output.double() - target.double()).square().mean())
+    assert whole["mse"] == pytest.approx(exact, rel=1e-12)
+
+
+def test_what_waits_is_bounded_in_batches_and_elements() -> None:
+    gathering = gather(["accuracy"], CLASSES)
+    for rows in [10] * (3 * HELD_BATCHES) + [40_000] * 10 + [300_000] * 2:
+        gathering.update(torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.int64), None)
+        held = sum(tensor.numel() for batch in gathering._held for tensor in batch if tensor is not None)
+        assert held <= HELD_ELEMENTS
+        assert len(gathering._held) < HELD_BATCHES
+        assert held == gathering._held_elements
+
+
+def test_memory_that_is_filled_again_does_not_change_what_was_taken_in() -> None:
+    gathering = gather(["mae", "spearman"], VALUES)
+    output, target = torch.empty(3), torch.tensor([1.0, 2.0, 3.0])
+    for factor in (1.0, 2.0, 3.0):
+        output.copy_(target * factor)
+        gathering.update(output, target, None)
+    assert gathering.compute()["mae"] == pytest.approx((0 + 2 + 4) / 3)
+
+
+def test_a_large_batch_that_is_filled_again_does_not_change_what_was_taken_in() -> None:
+    gathering = gather(["auroc"], OutputMeaning("logits"))
+    output, target = torch.linspace(-1, 1, HELD_ELEMENTS), torch.linspace(-1, 1, HELD_ELEMENTS) > 0
+    gathering.update(output, target, None)
+    output.neg_()
+    assert gathering.compute()["auroc"] == 1.0
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that are read from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("names", "meaning"), [(OF_CLASSES, CLASSES), (OF_VALUES, VALUES)])
+def test_no_metric_by_name_reads_the_device(names: list[str], meaning: OutputMeaning) -> None:
+    target = torch.randint(0, 4, (8,)) if meaning is CLASSES else torch.rand(8, 4)
+    running = CompiledMetrics(names).start([meaning], CPU)
+    with HostReads() as reads:
+        for _ in range(HELD_BATCHES + 3):
+            running.update([torch.rand(8, 4)], [target], None)
+        running.compute()
+    assert reads.count == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("names", "meaning"), [(OF_CLASSES, CLASSES), (OF_VALUES, VALUES)])
+def test_no_metric_by_name_waits_for_the_gpu(names: list[str], meaning: OutputMeaning) -> None:
+    device = torch.device("cuda")
+    target = (torch.randint(0, 4, (8,)) if meaning is CLASSES else torch.rand(8, 4)).to(device)
+    output = torch.rand(8, 4, device=device)
+    running = CompiledMetrics(names).start([meaning], device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(HELD_BATCHES + 3):
+            running.update([output], [target], None)
+        values = running.compute()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_cpu = CompiledMetrics(names).start([meaning], CPU)
+    for _ in range(HELD_BATCHES + 3):
+        on_cpu.update([output.cpu()], [target.cpu()], None)
+    expected = {name: float(value) for name, value in on_cpu.compute().items()}
+    assert {name: float(value) for name, value in values.items()} == pytest.approx(expected, rel=1e-9, nan_ok=True)
+
+
+def test_sequences_of_any_length_are_summed_up_together() -> None:
+    gathering = gather(["accuracy"], CLASSES)
+    for length in (5, 2, 9):
+        gathering.update(torch.eye(3)[None].repeat(1, 1, length), torch.arange(3).repeat(length)[None], None)
+    assert len(gathering._held) == 2  # the first batch does not wait
+    assert gathering.compute()["accuracy"] == 1.0
+
+
+def test_windows_of_any_length_are_averaged_over_elements() -> None:
+    gathering = gather(["mae"], VALUES)
+    gathering.update(torch.zeros(1, 3), torch.ones(1, 3), None)
+    gathering.update(torch.zeros(1, 1), torch.full((1, 1), 5.0), None)
+    assert gathering.compute()["mae"] == 2.0
+
+
+def test_another_number_of_classes_is_refused() -> None:
+    gathering = gather(["f1"], CLASSES)
+    gathering.update(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), None)
+    with pytest.raises(ValueError, match="multiclass with 3 columns, received a multiclass one with 4"):
+        gathering.update(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), None)
+
+
+def test_another_number_of_columns_is_refused_where_columns_count() -> None:
+    gathering = gather(["r2"], VALUES)
+    gathering.update(torch.zeros(2, 3), torch.zeros(2, 3), None)
+    gathering.update(torch.zeros(2, 4), torch.zeros(2, 4), None)
+    with pytest.raises(ValueError, match="as many columns as the first, 3, .* received one with 4"):
+        gathering.compute()
+
+
+def test_metrics_from_the_same_counts_share_them() -> None:
+    gathering = gather(["f1", "precision", "recall", "accuracy"], CLASSES)
+    gathering.update(torch.eye(3), torch.arange(3), None)
+    assert len(gathering._sums) == 2
+
+
+def test_what_a_run_in_inference_mode_took_in_can_be_added_to_outside() -> None:
+    gathering = gather(["accuracy", "f1", "auroc"], CLASSES)
+    with torch.inference_mode():
+        gathering.update(torch.eye(3), torch.arange(3), None)
+    gathering.update(torch.eye(3), torch.arange(3), None)
+    assert {float(value) for value in gathering.compute().values()} == {1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_outputs_of_any_floating_type_are_taken(dtype: torch.dtype) -> None:
+    gathering = gather(OF_CLASSES, CLASSES)
+    gathering.update((torch.eye(3) * 9).to(dtype), torch.arange(3, dtype=torch.int32), None)
+    assert gathering.compute()["f1"] == 1.0
+
+
+def test_weights_weigh_items_and_ignored_ones_nothing() -> None:
+    gathering = gather(["accuracy"], CLASSES, weighted=True)
+    output, target = torch.eye(3), torch.tensor([0, 0, -100])
+    gathering.update(output, target, torch.tensor([1.0, 3.0, 50.0]))
+    assert gathering.compute()["accuracy"] == 0.25
+
+
+def test_batches_without_weights_weigh_1_beside_others() -> None:
+    gathering = gather(["mae"], VALUES, weighted=True)
+    gathering.update(torch.zeros(2), torch.tensor([1.0, 2.0]), None)
+    gathering.update(torch.zeros(2), torch.tensor([4.0, 6.0]), torch.tensor([0.5, 1.5]))
+    gathering.update(torch.zeros(1), torch.tensor([7.0]), None)
+    assert gathering.compute()["mae"] == pytest.approx((1 + 2 + 2 + 9 + 7) / 5)
+
+
+def test_one_weight_per_sample_weighs_every_item_of_the_sample() -> None:
+    gathering = gather(["accuracy"], CLASSES, weighted=True)
+    output = torch.eye(2)[:, :, None].repeat(1, 1, 3)
+    gathering.update(output, torch.tensor([[0, 0, 1], [0, 0, 0]]), torch.tensor([1.0, 3.0]))
+    assert gathering.compute()["accuracy"] == pytest.approx(2 / 12)
+
+
+def test_weights_of_zero_alone_give_nan() -> None:
+    gathering = gather(["mae"], VALUES, weighted=True)
+    gathering.update(torch.zeros(2), torch.ones(2), torch.zeros(2))
+    assert math.isnan(float(gathering.compute()["mae"]))

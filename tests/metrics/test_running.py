@@ -1,0 +1,211 @@
+"""Running values: runs are independent, states travel, processes agree."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import Tensor
+from torchmetrics import MeanSquaredError, MetricCollection
+from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
+
+from fitkit._types import OutputMeaning
+from fitkit.metrics import CompiledMetrics, RunningMetrics
+
+CPU = torch.device("cpu")
+CLASSES = OutputMeaning("logits", -100, classes=True)
+
+
+def gap(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(1) - target).float().mean()
+
+
+def compiled() -> CompiledMetrics:
+    own = MetricCollection({"own": MulticlassAccuracy(3), "other": MulticlassAccuracy(3, average="micro")})
+    return CompiledMetrics(["accuracy", "f1", "auroc", gap, own], {"weighted": "accuracy"})
+
+
+def start() -> RunningMetrics:
+    return compiled().start([CLASSES], CPU)
+
+
+def batch(seed: int, size: int = 6) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, 3, (size,), generator=generator)
+    return [torch.randn(size, 3, generator=generator)], [target], [torch.rand(size, generator=generator)]
+
+
+def numbers(running: RunningMetrics, **arguments: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in running.compute(**arguments).items()}
+
+
+def test_values_come_in_the_order_of_names() -> None:
+    running = start()
+    running.update(*batch(0))
+    assert list(running.compute()) == running.names == compiled().names
+
+
+def test_nothing_taken_in_gives_nothing() -> None:
+    running = start()
+    assert running.compute() == {}
+    running.update([torch.zeros(0, 3)], [torch.zeros(0, dtype=torch.int64)], None)
+    assert running.compute() == {}
+
+
+def test_an_empty_batch_changes_nothing() -> None:
+    running = start()
+    running.update(*batch(0))
+    before = numbers(running)
+    running.update([torch.zeros(0, 3)], [torch.zeros(0, dtype=torch.int64)], None)
+    assert numbers(running) == before
+
+
+def test_reset_forgets_everything() -> None:
+    running, fresh = start(), start()
+    running.update(*batch(0))
+    running.reset()
+    assert running.compute() == {}
+    running.update(*batch(1))
+    fresh.update(*batch(1))
+    assert numbers(running) == numbers(fresh)
+
+
+def test_a_run_inside_another_changes_no_number() -> None:
+    metrics = compiled()
+    outer, alone = metrics.start([CLASSES], CPU), start()
+    for seed in range(3):
+        outer.update(*batch(seed))
+        inner = metrics.start([CLASSES], CPU)
+        inner.update(*batch(seed + 10))
+        inner.compute()
+        alone.update(*batch(seed))
+    assert numbers(outer) == numbers(alone)
+
+
+def test_reading_running_values_changes_no_later_one() -> None:
+    read, unread = start(), start()
+    for seed in range(5):
+        read.update(*batch(seed))
+        read.compute()
+        unread.update(*batch(seed))
+    assert numbers(read) == pytest.approx(numbers(unread), rel=1e-12)
+
+
+def test_only_what_is_asked_for_is_computed() -> None:
+    running = CompiledMetrics(["accuracy", "r2"], output_names=None).start([CLASSES], CPU)
+    part = next(part for _, part in running._parts if part.keys == ("accuracy",))
+    part.update(*[entry[0] for entry in batch(0)])
+    assert list(running.compute(["accuracy"])) == ["accuracy"]
+
+
+def test_a_state_goes_on_where_it_was_made() -> None:
+    whole, first, second = start(), start(), start()
+    for seed in range(4):
+        whole.update(*batch(seed))
+        (first if seed < 2 else second).update(*batch(seed))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed = start()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert numbers(resumed) == numbers(first)
+    for seed in (2, 3):
+        resumed.update(*batch(seed))
+    assert numbers(resumed) == pytest.approx(numbers(whole), rel=1e-12)
+
+
+def test_a_state_of_nothing_is_taken_too() -> None:
+    running = start()
+    running.update(*batch(0))
+    running.load_state_dict(start().state_dict())
+    assert running.compute() == {}
+
+
+def test_a_state_is_no_view_of_the_run() -> None:
+    running = start()
+    running.update(*batch(0))
+    state, before = running.state_dict(), numbers(running)
+    running.update(*batch(1))
+    resumed = start()
+    resumed.load_state_dict(state)
+    assert numbers(resumed) == before
+
+
+def test_a_state_of_other_metrics_is_refused() -> None:
+    other = CompiledMetrics(["mae"]).start([OutputMeaning()], CPU)
+    with pytest.raises(ValueError, match=r"Expected the running values of \['mae'\], received those of \['accuracy'"):
+        other.load_state_dict(start().state_dict())
+
+
+def test_each_output_has_its_own_metrics_and_meaning() -> None:
+    meanings = [OutputMeaning("values"), OutputMeaning("logits")]
+    running = CompiledMetrics({"b": ["accuracy"], "a": "mae"}, output_names=["a", "b"]).start(meanings, CPU)
+    running.update([torch.zeros(2), torch.tensor([0.1, -0.1])], [torch.ones(2), torch.tensor([1, 0])], None)
+    assert numbers(running) == {"a_mae": 1.0, "b_accuracy": 1.0}
+
+
+def test_more_outputs_than_compiled_are_answered_with_what_to_do() -> None:
+    running = CompiledMetrics(["mae"]).start([OutputMeaning()], CPU)
+    with pytest.raises(ValueError, match=r"Expected 1 output\(s\).*received 2 outputs and 2 targets.*compile\(loss=\["):
+        running.update([torch.zeros(2)] * 2, [torch.zeros(2)] * 2, None)
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "message"),
+    [
+        ({"a": torch.zeros(2)}, torch.zeros(2), "The metrics 'mae' read one tensor, received output="),
+        (torch.zeros(2), [torch.zeros(2)], "The metrics 'mae' read one tensor, received target="),
+        (torch.zeros(2), None, "The metrics 'mae' compare outputs with targets, received y=None"),
+    ],
+)
+def test_metrics_by_name_need_two_tensors(output: Any, target: Any, message: str) -> None:
+    running = CompiledMetrics(["mae"]).start([OutputMeaning("values")], CPU)
+    with pytest.raises(ValueError, match=message):
+        running.update([output], [target], None)
+
+
+def test_weighted_metrics_without_weights_are_the_plain_ones() -> None:
+    running = CompiledMetrics(["mse"], {"weighted": "mse"}).start([OutputMeaning("values")], CPU)
+    running.update([torch.randn(9, 2)], [torch.randn(9, 2)], None)
+    values = numbers(running)
+    assert values["weighted"] == values["mse"]
+
+
+def in_one_of_two_processes(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    running = start()
+    if rank == 1:  # the other process has no data
+        running.update(*batch(0))
+        running.update(*batch(1))
+        running.compute()  # of this process alone: waits for nobody
+    torch.save(numbers(running, across_processes=True), f"{folder}/{rank}.pt")
+    running.update(*batch(2 + rank))
+    torch.save(numbers(running, across_processes=True), f"{folder}/{rank}_later.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_processes_agree_on_the_values_over_the_data_of_all(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(in_one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+    whole = start()
+    for seeds, name in (((0, 1), ""), ((2, 3), "_later")):
+        for seed in seeds:
+            whole.update(*batch(seed))
+        for rank in (0, 1):
+            assert torch.load(tmp_path / f"{rank}{name}.pt") == pytest.approx(numbers(whole), rel=1e-6)
+
+
+def test_metrics_that_keep_lists_travel_too() -> None:
+    first = CompiledMetrics({"area": BinaryAUROC(), "mse": MeanSquaredError()}).start([OutputMeaning()], CPU)
+    first.update([torch.tensor([0.1, 0.9, 0.3])], [torch.tensor([0, 1, 1])], None)
+    second = CompiledMetrics({"area": BinaryAUROC(), "mse": MeanSquaredError()}).start([OutputMeaning()], CPU)
+    second.load_state_dict(first.state_dict())
+    for running in (first, second):
+        running.update([torch.tensor([0.2, 0.8])], [torch.tensor([1, 0])], None)
+    assert numbers(first) == numbers(second)
