@@ -13,7 +13,12 @@ from typing import Any
 
 from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
 
-MAX_NB_EPOCHS = 1000
+
+class _NobodyAsked(int):
+    """A default that can be told from the same number passed by a user."""
+
+
+MAX_NB_EPOCHS = _NobodyAsked(1000)
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class TrainingFlags:
     epochs: int | None = None
     initial_epoch: int = 0
     min_nb_epochs: int = 1
-    max_nb_epochs: int | None = None
+    max_nb_epochs: int = MAX_NB_EPOCHS
     enable_early_stop: bool = True
     accumulate_grad_batches: int | Mapping[int, int] = 1
     gradient_clip_val: float = 0.0
@@ -64,7 +69,7 @@ class TrainingFlags:
     def _check_epochs(self) -> None:
         check_integer("initial_epoch", self.initial_epoch, least=0)
         check_integer("min_nb_epochs", self.min_nb_epochs, least=1)
-        if self.epochs is not None and self.max_nb_epochs is not None:
+        if self.epochs is not None and not isinstance(self.max_nb_epochs, _NobodyAsked):
             raise ValueError(
                 f"epochs={show(self.epochs)} and max_nb_epochs={show(self.max_nb_epochs)} exclude each other. epochs "
                 "trains exactly that many; max_nb_epochs is the limit when early stopping decides."
@@ -73,11 +78,7 @@ class TrainingFlags:
             last = check_integer("epochs", self.epochs, least=0)
             name = "epochs"
         else:
-            last = (
-                MAX_NB_EPOCHS
-                if self.max_nb_epochs is None
-                else check_integer("max_nb_epochs", self.max_nb_epochs, least=1)
-            )
+            last = check_integer("max_nb_epochs", self.max_nb_epochs, least=1)
             name = "max_nb_epochs"
         if self.min_nb_epochs > max(last, 1):
             raise ValueError(

@@ -25,7 +25,7 @@ from fitkit.checkpoints import load_weights, save_weights
 from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
 from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device
 from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
-from fitkit.flags import TrainingFlags
+from fitkit.flags import MAX_NB_EPOCHS, TrainingFlags
 from fitkit.gradients import kept_gradients, norm_names
 from fitkit.history import History
 from fitkit.losses import OutputLosses
@@ -168,7 +168,7 @@ class Model:
         validation_batch_size: int | None = None,
         validation_freq: int | Sequence[int] = 1,
         min_nb_epochs: int = 1,
-        max_nb_epochs: int | None = None,
+        max_nb_epochs: int = MAX_NB_EPOCHS,
         early_stop_callback: EarlyStopping | None = None,
         enable_early_stop: bool = True,
         accumulate_grad_batches: int | Mapping[int, int] = 1,
@@ -205,7 +205,7 @@ class Model:
             validation_batch_size: samples in a validation batch; None is batch_size.
             validation_freq: validate every so many epochs, or after the 1-based epochs in a list.
             min_nb_epochs: no early stopping before so many epochs.
-            max_nb_epochs: the limit without ``epochs``; None is 1000.
+            max_nb_epochs: the limit without ``epochs``.
             early_stop_callback: takes the place of the default early stopping.
             enable_early_stop: False switches off every early stopping.
             accumulate_grad_batches: batches that make one optimizer step, or {0-based epoch: batches} from that epoch

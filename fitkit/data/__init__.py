@@ -5,18 +5,21 @@ What the kinds are is said in one place, here; how each gives its batches is sai
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from fitkit.data.arrays import ArrayBatches, is_array
+from fitkit.data.arrays import ArrayBatches
 from fitkit.data.batches import Batches, EpochPlan
 from fitkit.data.iterables import GeneratorBatches, IterableBatches
 from fitkit.data.loaders import LoaderBatches, load_dataset, split_dataset
+from fitkit.data.rows import is_array
 from fitkit.errors import check_flag, check_integer, check_number, show
 
 __all__ = ["Batches", "Batching", "EpochPlan", "as_batches", "as_split_batches"]
@@ -79,24 +82,26 @@ def as_batches(data: Any, y: Any, sample_weight: Any, batching: Batching) -> Bat
         ValueError: arguments that do not go with this kind of data; no data; lengths that differ.
         TypeError: no kind of data.
     """
-    if isinstance(data, DataLoader):
-        _refuse_parts(data, y, sample_weight, batching)
-        _refuse_batching(data, batching, size=True)
-        return LoaderBatches(data)
-    if isinstance(data, Dataset) or _is_dataset(data):
+    arrays = _array_batches(data, y, sample_weight, batching)
+    if arrays is not None:
+        return arrays
+    if _is_dataset(data):
         _refuse_parts(data, y, sample_weight, batching)
         _refuse_batching(data, batching, size=False)
-        return load_dataset(data, batching.size, batching.shuffles)
-    if _are_arrays(data, y):
-        return _arrays(_parts(data, y, sample_weight, batching), batching)
+        return load_dataset(data, batching.size, batching.shuffles, batching.argument, batching.dtype)
     if isinstance(data, (str, bytes)) or not (hasattr(type(data), "__iter__") or hasattr(type(data), "__next__")):
+        hint = " It is a function: call it." if inspect.isroutine(data) else ""
         raise TypeError(
             "Expected arrays, a Dataset, a DataLoader, an iterable of batches or a generator, received "
-            f"{batching.argument}={show(data)}."
+            f"{batching.argument}={show(data)}.{hint}"
         )
     _refuse_parts(data, y, sample_weight, batching)
     _refuse_batching(data, batching, size=True)
-    return GeneratorBatches(data) if isinstance(data, Iterator) else IterableBatches(data)
+    if isinstance(data, DataLoader):
+        return LoaderBatches(data, batching.dtype)
+    if isinstance(data, Iterator):
+        return GeneratorBatches(data, batching.dtype)
+    return IterableBatches(data, batching.dtype)
 
 
 def as_split_batches(
@@ -120,18 +125,19 @@ def as_split_batches(
         raise ValueError(f"Expected a fraction from 0 up to, not including, 1, received {validation_split=}.")
     if validation_split == 0.0:
         return as_batches(data, y, sample_weight, batching), None
-    if not isinstance(data, DataLoader) and (isinstance(data, Dataset) or _is_dataset(data)):
-        if isinstance(data, IterableDataset):
-            raise ValueError(_unsplittable(data, validation_split))
-        _refuse_parts(data, y, sample_weight, batching)
-        training, held_out = split_dataset(data, _first_part(len(data), validation_split))
-        validating = replace(batching, training=False, shuffle=None, batch_size=validation_size or batching.batch_size)
-        return as_batches(training, None, None, batching), as_batches(held_out, None, None, validating)
-    if not _are_arrays(data, y):
-        raise ValueError(_unsplittable(data, validation_split))
-    whole = _arrays(_parts(data, y, sample_weight, batching), batching)
-    first, rest = whole.split(_first_part(whole.samples, validation_split))
-    return first, rest if validation_size is None else rest.resized(validation_size)
+    whole = _array_batches(data, y, sample_weight, batching)
+    if whole is not None:
+        first, rest = whole.split(_first_part(whole.samples, validation_split))
+        return first, rest if validation_size is None else rest.resized(validation_size)
+    if not _is_dataset(data) or isinstance(data, IterableDataset):
+        raise ValueError(
+            f"{validation_split=} needs arrays or a map-style Dataset, received {batching.argument}={show(data)}. "
+            "Split the data yourself and pass validation_data=..."
+        )
+    _refuse_parts(data, y, sample_weight, batching)
+    training, held_out = split_dataset(data, _first_part(len(data), validation_split))
+    validating = replace(batching, training=False, shuffle=None, batch_size=validation_size or batching.batch_size)
+    return as_batches(training, None, None, batching), as_batches(held_out, None, None, validating)
 
 
 def _first_part(samples: int, validation_split: float) -> int:
@@ -145,18 +151,23 @@ def _first_part(samples: int, validation_split: float) -> int:
     return first
 
 
-def _unsplittable(data: Any, validation_split: float) -> str:
-    return (
-        f"{validation_split=} needs arrays or a map-style Dataset, received {show(data)}. Split the data yourself and "
-        "pass validation_data=..."
-    )
-
-
-def _arrays(parts: tuple[Any, ...], batching: Batching) -> ArrayBatches:
-    names = ("x", "y", "sample_weight")
+def _array_batches(data: Any, y: Any, sample_weight: Any, batching: Batching) -> ArrayBatches | None:
+    """The batches of data that is batched by index; None for the other kinds."""
+    # What a TensorDataset gives by its own code is known; a subclass may give something else.
+    if type(data) is TensorDataset:
+        _refuse_parts(data, y, sample_weight, batching)
+        names = [f"{batching.argument}.tensors[{index}]" for index in range(len(data.tensors))]
+        return _arrays(data.tensors, names, batching, bare=False)
+    if isinstance(data, DataLoader) or _is_dataset(data) or not _are_arrays(data, y):
+        return None
+    names = ["x", "y", "sample_weight"]
     if batching.argument != "data":
-        names = tuple(f"{batching.argument}[{index}]" for index in range(3))  # type: ignore[assignment]
-    batches = ArrayBatches(
+        names = [f"{batching.argument}[{index}]" for index in range(3)]
+    return _arrays(_parts(data, y, sample_weight, batching), names, batching)
+
+
+def _arrays(parts: tuple[Any, ...], names: Sequence[str], batching: Batching, *, bare: bool = True) -> ArrayBatches:
+    made = ArrayBatches(
         parts,
         batch_size=batching.size,
         shuffle=batching.shuffles,
@@ -164,13 +175,14 @@ def _arrays(parts: tuple[Any, ...], batching: Batching) -> ArrayBatches:
         dtype=batching.dtype,
         device=batching.device,
         names=names,
+        bare=bare,
     )
-    return batches.resized(batches.samples) if batching.whole else batches
+    return made.resized(made.samples) if batching.whole else made
 
 
 def _parts(data: Any, y: Any, sample_weight: Any, batching: Batching) -> tuple[Any, ...]:
     """x, y and sample_weight as one tuple, however they came."""
-    if isinstance(data, tuple) and not hasattr(data, "_fields"):
+    if isinstance(data, tuple):
         if y is not None or sample_weight is not None:
             also = "y" if y is not None else "sample_weight"
             raise ValueError(
@@ -188,7 +200,9 @@ def _parts(data: Any, y: Any, sample_weight: Any, batching: Batching) -> tuple[A
     while len(parts) > 1 and parts[-1] is None:
         parts = parts[:-1]
     if len(parts) == 3 and parts[1] is None:
-        raise ValueError("sample_weight=... needs targets: pass y as well.")
+        raise ValueError(
+            f"Expected targets beside the weights, received sample_weight={show(parts[2])} and y=None. Pass y as well."
+        )
     return parts
 
 
@@ -202,10 +216,14 @@ def _are_arrays(data: Any, y: Any) -> bool:
 
 
 def _is_dataset(data: Any) -> bool:
-    """Whether the object is a map-style dataset without torch's base class, as those of Hugging Face are."""
-    if is_array(data) or isinstance(data, (tuple, list, Mapping, str, bytes)):
+    """Whether samples, not batches, come out: torch's Datasets, and map-style ones without its base class.
+
+    Those of Hugging Face are such. What can be indexed gives samples, also when it can be iterated; a list, tuple or
+    deque holds batches.
+    """
+    if is_array(data) or isinstance(data, (tuple, list, deque, Mapping, str, bytes)):
         return False
-    return hasattr(type(data), "__getitem__") and hasattr(type(data), "__len__")
+    return isinstance(data, Dataset) or (hasattr(type(data), "__getitem__") and hasattr(type(data), "__len__"))
 
 
 def _refuse_parts(data: Any, y: Any, sample_weight: Any, batching: Batching) -> None:

@@ -32,6 +32,14 @@ class Batches(abc.ABC):
         return self
 
 
+def known_length(data: Any) -> int | None:
+    """The length that data tells; None when it tells none."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 @final
 class EpochPlan:
     """The batches of a run, an epoch at a time.
@@ -53,11 +61,14 @@ class EpochPlan:
         self._limit_argument = limit_argument
         self._open: Iterator[Any] | None = None
         if batches.length == 0:
-            raise ValueError(f"Expected at least one batch, received {argument} that holds none.")
+            raise ValueError(
+                f"Expected at least one batch, received {argument} that holds none. Check what made it, and drop_last "
+                "if it is a DataLoader."
+            )
         if batches.length is not None and limit is not None and limit > batches.length:
             raise ValueError(
                 f"Expected {limit_argument} of at most {batches.length}, the batches in {argument}, received "
-                f"{limit_argument}={limit}."
+                f"{limit_argument}={limit}. Lower it, or leave it out to take all of them."
             )
 
     @property
@@ -89,10 +100,15 @@ class EpochPlan:
         for given, batch in enumerate(itertools.islice(self._batches, self._limit), start=1):  # noqa: B007
             yield batch
         if given == 0:
-            spent = " It is a generator that an earlier epoch or run has used up." if not self._batches.again else ""
-            raise ValueError(f"Expected at least one batch, received {self._argument} that gave none.{spent}")
+            raise ValueError(self._none_at_all())
         if self._limit is not None and given < self._limit:
             raise ValueError(self._too_few(given))
+
+    def _none_at_all(self) -> str:
+        why = "Check what made it; what is iterated again at each epoch must give a new iterator each time."
+        if not self._batches.again:
+            why = "It is a generator that an earlier epoch or run has used up: make a new one."
+        return f"Expected at least one batch, received {self._argument} that gave none. {why}"
 
     def _going_on(self, limit: int) -> Generator[Any, None, None]:
         given = 0
@@ -103,7 +119,12 @@ class EpochPlan:
                 fresh = True
             for batch in self._open:
                 given += 1
-                yield batch
+                try:
+                    yield batch
+                except GeneratorExit:
+                    # Only a run that ends closes an epoch in its middle: workers and open files end with it.
+                    self._open = None
+                    raise
                 if given == limit:
                     return
             self._open = None

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, final
 
-from fitkit.data.batches import Batches
+import torch
+
+from fitkit.data.batches import Batches, known_length
+from fitkit.data.rows import with_tensors
 
 
 @final
@@ -14,17 +17,16 @@ class IterableBatches(Batches):
 
     Args:
         iterable: gives a new iterator at each pass; its ``len``, when it has one, is the number of batches.
+        dtype: what floating NumPy arrays and pandas objects in a batch become. Tensors are left as they are.
     """
 
-    def __init__(self, iterable: Iterable[Any]) -> None:
+    def __init__(self, iterable: Iterable[Any], dtype: torch.dtype) -> None:
         self._iterable = iterable
-        try:
-            self.length = len(iterable)  # type: ignore[arg-type]
-        except TypeError:
-            self.length = None
+        self._dtype = dtype
+        self.length = known_length(iterable)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._iterable)
+        return (with_tensors(batch, self._dtype) for batch in self._iterable)
 
 
 @final
@@ -33,18 +35,15 @@ class GeneratorBatches(Batches):
 
     Args:
         iterator: what ``next`` is called on; batches that are not consumed stay in it.
+        dtype: as in `IterableBatches`.
     """
 
     again = False
 
-    def __init__(self, iterator: Iterator[Any]) -> None:
+    def __init__(self, iterator: Iterator[Any], dtype: torch.dtype) -> None:
         self._iterator = iterator
+        self._dtype = dtype
 
     def __iter__(self) -> Iterator[Any]:
-        return _unclosed(self._iterator)
-
-
-def _unclosed(iterator: Iterator[Any]) -> Iterator[Any]:
-    """The rest of an iterator; giving this one up does not close the user's generator, as ``yield from`` would."""
-    for batch in iterator:  # noqa: UP028
-        yield batch
+        # Giving this one up closes it alone: the user's generator stays open, with the batches that are left.
+        return (with_tensors(batch, self._dtype) for batch in self._iterator)

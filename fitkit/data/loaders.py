@@ -9,9 +9,19 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, final
 
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
-from fitkit.data.batches import Batches
+from fitkit.data.batches import Batches, known_length
+from fitkit.data.rows import with_tensors
 
 
 @final
@@ -20,59 +30,78 @@ class LoaderBatches(Batches):
 
     Args:
         loader: any DataLoader; what it yields is what the steps are given.
+        dtype: what floating NumPy arrays in a batch become.
+        cast: whether floating tensors become of that dtype too: for loaders that fitkit made from a Dataset.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[Any], dtype: torch.dtype, *, cast: bool = False) -> None:
         self._loader = loader
-        try:
-            self.length = len(loader)
-        except TypeError:  # an IterableDataset without a length
-            self.length = None
+        self._dtype = dtype
+        self._cast = cast
+        self.length = known_length(loader)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader)
+        return (with_tensors(batch, self._dtype, cast=self._cast) for batch in self._loader)
 
     def in_order(self) -> Batches:
         """The loader's data in its dataset's order; for a sampler of the user's, the batches of its first pass."""
         loader = self._loader
-        if isinstance(loader.dataset, IterableDataset):
+        if self.length is None or isinstance(loader.dataset, IterableDataset):
             return self
-        if loader.batch_sampler is None:
-            return LoaderBatches(_with_batches(loader, [[index] for index in range(len(loader.dataset))], single=True))  # type: ignore[arg-type]
-        if type(loader.batch_sampler) is BatchSampler:
-            sampler = loader.batch_sampler
-            order = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
-            return LoaderBatches(_with_batches(loader, BatchSampler(order, sampler.batch_size, sampler.drop_last)))
-        return LoaderBatches(_with_batches(loader, list(itertools.islice(loader.batch_sampler, self.length))))
+        if loader.batch_sampler is None:  # batch_size=None: the dataset gives whole batches by index
+            return self._with(loader, batch_size=None, sampler=_in_order(loader.sampler, loader.dataset))
+        given = loader.batch_sampler
+        if type(given) is BatchSampler:
+            sampler = BatchSampler(_in_order(given.sampler, loader.dataset), given.batch_size, given.drop_last)
+            return self._with(loader, batch_sampler=sampler)
+        return self._with(loader, batch_sampler=list(itertools.islice(given, self.length)))
+
+    def _with(self, loader: DataLoader[Any], **options: Any) -> LoaderBatches:
+        """The batches of a loader like the given one, of other indices."""
+        if loader.num_workers:
+            options |= {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
+        other = DataLoader(
+            loader.dataset,
+            **options,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=loader.generator,
+        )
+        return LoaderBatches(other, self._dtype, cast=self._cast)
 
 
-def _with_batches(loader: DataLoader[Any], batch_sampler: Any, *, single: bool = False) -> DataLoader[Any]:
-    """A loader like the given one, with batches of other indices."""
-    options: dict[str, Any] = {"batch_sampler": batch_sampler}
-    if single:  # batch_size=None: the dataset gives whole batches by index
-        options = {"batch_size": None, "sampler": [index for (index,) in batch_sampler]}
-    if loader.num_workers:
-        options |= {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
-    return DataLoader(
-        loader.dataset,
-        **options,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-    )
+def _in_order(sampler: Any, dataset: Any) -> Any:
+    """The dataset's own order; where a sampler chooses among the samples, what it chose, once and for all."""
+    samples = known_length(dataset)
+    if samples is not None and type(sampler) in (SequentialSampler, RandomSampler) and len(sampler) == samples:
+        return range(samples)
+    return list(itertools.islice(sampler, len(sampler)))
 
 
-def load_dataset(dataset: Dataset[Any], batch_size: int, shuffle: bool) -> LoaderBatches:
-    """A map-style or iterable Dataset in batches of that size, collated as torch does by default."""
+def load_dataset(dataset: Dataset[Any], batch_size: int, shuffle: bool, argument: str, dtype: torch.dtype) -> Batches:
+    """A map-style or iterable Dataset in batches of that size, collated as torch does by default.
+
+    Args:
+        dataset: what gives samples.
+        batch_size: samples in a batch.
+        shuffle: whether each pass has an order of its own, for a map-style Dataset.
+        argument: how messages name the dataset.
+        dtype: what floating tensors become: torch collates Python's floats to float64.
+
+    Raises:
+        ValueError: it has no samples.
+    """
     if isinstance(dataset, IterableDataset):
-        return LoaderBatches(DataLoader(dataset, batch_size=batch_size))
+        return LoaderBatches(DataLoader(dataset, batch_size=batch_size), dtype, cast=True)
     if len(dataset) == 0:  # type: ignore[arg-type]
-        raise ValueError("Expected at least one sample, received data, a Dataset with 0 samples.")
-    return LoaderBatches(DataLoader(dataset, batch_size=batch_size, shuffle=shuffle))
+        raise ValueError(
+            f"Expected at least one sample, received {argument}, a Dataset with 0 samples. Check what made it."
+        )
+    return LoaderBatches(DataLoader(dataset, batch_size=batch_size, shuffle=shuffle), dtype, cast=True)
 
 
 def split_dataset(dataset: Dataset[Any], first: int) -> tuple[Dataset[Any], Dataset[Any]]:

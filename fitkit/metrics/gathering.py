@@ -21,6 +21,8 @@ from fitkit.metrics.sums import Measure, State
 # How many batches wait, and how many elements they hold together at most: 4 MB of float32.
 HELD_BATCHES = 64
 HELD_ELEMENTS = 2**20
+# How many elements of a larger batch are looked at together: 64 MB of float32.
+PIECE_ELEMENTS = 2**24
 
 
 @final
@@ -49,7 +51,10 @@ class Gathering(Part):
 
     def reset(self) -> None:
         self._reading: Reading | None = None
+        # Of the latest batch: its shapes, whether they are those of rows already, and how many elements it holds.
         self._shapes: object = None
+        self._are_rows = False
+        self._elements = 0
         self._sums: dict[Measure, State] = {}
         self._held: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._held_elements = 0
@@ -58,33 +63,33 @@ class Gathering(Part):
         return metric.weighted if self._weighted and metric.weighted is not None else metric.measure
 
     def update(self, output: Structure, target: Structure, weight: Tensor | None) -> None:
-        if not isinstance(output, Tensor) or not isinstance(target, Tensor) or output.shape[:1] != target.shape[:1]:
+        if not isinstance(output, Tensor) or not isinstance(target, Tensor):
             output, target = check_pair(self._names, output, target)
-        if output.ndim and not output.shape[0]:
-            return
-        shapes = (output.ndim, output.shape[1:], target.ndim, target.shape[1:], target.dtype)
+        shapes = (output.shape, target.shape, target.dtype)
         if shapes != self._shapes:
+            check_pair(self._names, output, target)
+            if not output.shape[0]:
+                return
             self._look(output, target)
             self._shapes = shapes
         assert self._reading is not None  # _look sets it
-        rows = self._reading.align(output, target, weight if self._weighted else None)
-        elements = sum(tensor.numel() for tensor in rows if tensor is not None)
-        if self._held_elements + elements > HELD_ELEMENTS:
+        weight = weight if self._weighted else None
+        if self._held_elements + self._elements > HELD_ELEMENTS:
             self._sum_up()
-        if elements > HELD_ELEMENTS:
-            self._add(*rows)
+        if self._elements > HELD_ELEMENTS:
+            self._add_large(self._reading, output, target, weight)
             return
+        if weight is not None or not self._are_rows:
+            output, target, weight = self._reading.align(output, target, weight)
         # Copies: a loader may fill the same memory again, and so may a compiled module.
-        copies = (rows[0].clone(), rows[1].clone(), None if rows[2] is None else rows[2].clone())
-        self._held.append(copies)
-        self._held_elements += elements
+        self._held.append((output.clone(), target.clone(), None if weight is None else weight.clone()))
+        self._held_elements += self._elements
         # The first batch does not wait, so that what a metric refuses is refused there.
         if len(self._held) >= HELD_BATCHES or not self._sums:
             self._sum_up()
 
     def _look(self, output: Tensor, target: Tensor) -> None:
         """Decides how a batch of new shapes is read, and whether that fits the metrics and the batches before."""
-        check_pair(self._names, output, target)
         reading = self._read(self._names, output, target, self._meaning)
         before = self._reading
         if before is None:
@@ -105,6 +110,8 @@ class Gathering(Part):
         if reading != before or reading.task == "regression":
             self._sum_up()
         self._reading = reading
+        self._are_rows = reading.finds_rows(output, target)
+        self._elements = output.numel() + target.numel() * (2 if self._weighted else 1)
 
     def _sum_up(self) -> None:
         if not self._held:
@@ -121,6 +128,14 @@ class Gathering(Part):
             weight = torch.cat(parts)
         self._add(torch.cat(outputs), torch.cat(targets), weight)
 
+    def _add_large(self, reading: Reading, output: Tensor, target: Tensor, weight: Tensor | None) -> None:
+        """Sums up a large batch in pieces, so that what is computed in float64 takes a bounded part of memory."""
+        samples = max(1, len(output) * PIECE_ELEMENTS // self._elements)
+        outputs, targets = output.split(samples), target.split(samples)
+        weights = [None] * len(outputs) if weight is None else weight.split(samples)
+        for piece in zip(outputs, targets, weights, strict=True):
+            self._add(*reading.align(*piece))
+
     def _add(self, output: Tensor, target: Tensor, weight: Tensor | None) -> None:
         assert self._reading is not None  # nothing is held before the first look
         # The sums outlive an inference_mode that the run may be in.
@@ -135,12 +150,13 @@ class Gathering(Part):
 
     def compute(self) -> dict[str, Tensor]:
         self._sum_up()
-        if self._reading is None:
-            return {}
         reading = self._reading
+        if reading is None:
+            return {}
+        measured = {key: self._sums.get(self._measure(metric)) for key, metric in self._metrics.items()}
         with torch.no_grad():
             return {
-                key: metric.result(self._sums[self._measure(metric)], reading) for key, metric in self._metrics.items()
+                key: self._metrics[key].result(state, reading) for key, state in measured.items() if state is not None
             }
 
     def state(self) -> dict[str, Any]:

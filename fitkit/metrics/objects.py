@@ -196,10 +196,9 @@ class TorchmetricsMetric(Part):
         return {"has_data": self._has_data, "metric": map_tensors(torch.clone, self._metric.state_dict())}
 
     def add_state(self, state: dict[str, Any]) -> None:
+        # torchmetrics cannot add states in general: this replaces what there is, and is called after reset only.
         if not state["has_data"]:
             return
-        if self._has_data:
-            raise ValueError(f"The state of {self.keys[0]!r} can only be loaded where nothing was updated yet.")
         self._metric.load_state_dict(map_tensors(lambda tensor: tensor.to(self._device), state["metric"]))
         self._has_data = True
 

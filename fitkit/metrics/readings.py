@@ -40,6 +40,14 @@ class Reading:
     scale: Scale = "unknown"
     ignore_index: int | None = None
 
+    def finds_rows(self, output: Tensor, target: Tensor) -> bool:
+        """Whether the two are rows already, so that aligning them would change nothing."""
+        if self.task == "multiclass":
+            return output.ndim == 2 and target.ndim == 1
+        if self.task == "regression":
+            return output.shape == target.shape
+        return output.ndim == target.ndim == (1 if self.task == "binary" else 2)
+
     def align(self, output: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output, target and weight as rows; the weight gets the target's shape."""
         if self.task == "multiclass":

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitkit._types import OutputMeaning
 from fitkit.metrics import CompiledMetrics
+from fitkit.metrics import gathering as gathering_module
 from fitkit.metrics.gathering import HELD_BATCHES, HELD_ELEMENTS, Gathering
 from fitkit.metrics.names import NAMED, find_metric
 
@@ -77,7 +78,7 @@ def test_what_waits_is_bounded_in_batches_and_elements() -> None:
     gathering = gather(["accuracy"], CLASSES)
     for rows in [10] * (3 * HELD_BATCHES) + [40_000] * 10 + [300_000] * 2:
         gathering.update(torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.int64), None)
-        held = sum(tensor.numel() for batch in gathering._held for tensor in batch if tensor is not None)
+        held = sum(tensor.numel() for waiting in gathering._held for tensor in waiting if tensor is not None)
         assert held <= HELD_ELEMENTS
         assert len(gathering._held) < HELD_BATCHES
         assert held == gathering._held_elements
@@ -121,25 +122,33 @@ def test_no_metric_by_name_reads_the_device(names: list[str], meaning: OutputMea
     assert reads.count == 0
 
 
+def test_a_large_batch_is_summed_up_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, names = (torch.randn(64, 3, 9), torch.randint(0, 3, (64, 9))), ["accuracy", "f1", "auroc"]
+    whole = sliced(names, pair, CLASSES, [0, 64])
+    monkeypatch.setattr(gathering_module, "HELD_ELEMENTS", 100)
+    monkeypatch.setattr(gathering_module, "PIECE_ELEMENTS", 200)
+    assert sliced(names, pair, CLASSES, [0, 64]) == pytest.approx(whole, rel=1e-12)
+    one_piece = 5 * 9  # items of as many samples as fit
+    running = CompiledMetrics(["auroc"]).start([CLASSES], CPU)
+    running.update([pair[0]], [pair[1]], None)
+    assert max(map(len, running.state_dict()["parts"][0]["sums"][0]["target"])) == one_piece
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("names", "meaning"), [(OF_CLASSES, CLASSES), (OF_VALUES, VALUES)])
 def test_no_metric_by_name_waits_for_the_gpu(names: list[str], meaning: OutputMeaning) -> None:
-    device = torch.device("cuda")
-    target = (torch.randint(0, 4, (8,)) if meaning is CLASSES else torch.rand(8, 4)).to(device)
-    output = torch.rand(8, 4, device=device)
-    running = CompiledMetrics(names).start([meaning], device)
+    pair = torch.rand(80, 4), torch.randint(0, 4, (80,)) if meaning is CLASSES else torch.rand(80, 4)
+    output, target = (tensor.cuda() for tensor in pair)
+    running = CompiledMetrics(names).start([meaning], output.device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(HELD_BATCHES + 3):
-            running.update([output], [target], None)
+        for sample in range(80):
+            running.update([output[sample : sample + 1]], [target[sample : sample + 1]], None)
         values = running.compute()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    on_cpu = CompiledMetrics(names).start([meaning], CPU)
-    for _ in range(HELD_BATCHES + 3):
-        on_cpu.update([output.cpu()], [target.cpu()], None)
-    expected = {name: float(value) for name, value in on_cpu.compute().items()}
-    assert {name: float(value) for name, value in values.items()} == pytest.approx(expected, rel=1e-9, nan_ok=True)
+    expected = sliced(names, pair, meaning, [0, 80])
+    assert {name: float(value) for name, value in values.items()} == pytest.approx(expected, rel=1e-9)
 
 
 def test_sequences_of_any_length_are_summed_up_together() -> None:

@@ -149,6 +149,30 @@ def test_a_metric_that_computes_no_single_number_is_refused(metric: torchmetrics
         running.compute()
 
 
+class Batches(torchmetrics.Metric):
+    """A metric of a user's own that computes a plain number."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        self.seen += 1
+
+    def compute(self) -> int:
+        return int(self.seen)
+
+
+def test_a_metric_is_updated_once_for_each_batch() -> None:
+    running = start(Batches())
+    for _ in range(5):
+        running.update([torch.ones(2)], [torch.zeros(2)], None)
+        running.update([torch.ones(0)], [torch.zeros(0)], None)
+    assert running.compute()["it"] == 5
+
+
 def test_what_a_run_in_inference_mode_took_in_can_be_added_to_outside() -> None:
     running = start(torchmetrics.MeanSquaredError())
     with torch.inference_mode():

@@ -56,6 +56,12 @@ def test_nothing_taken_in_gives_nothing() -> None:
     assert running.compute() == {}
 
 
+def test_without_metrics_any_outputs_will_do() -> None:
+    running = CompiledMetrics(None).start([OutputMeaning()], CPU)
+    running.update([None, {"a": 1}], [], None)
+    assert running.compute() == {}
+
+
 def test_an_empty_batch_changes_nothing() -> None:
     running = start()
     running.update(*batch(0))

@@ -1,0 +1,107 @@
+"""Optimizers by name, by callable and as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fitkit.optimization import known_optimizers, make_optimizer
+
+
+@pytest.mark.parametrize("name", sorted(set(known_optimizers()) - {"lbfgs", "muon"}))
+def test_every_class_of_torch_optim_is_known_by_name(name: str) -> None:
+    made = make_optimizer(name, nn.Linear(2, 1))
+    assert type(made).__name__.lower() == name
+
+
+@pytest.mark.parametrize("name", ["adam", "Adam", "ADAM"])
+def test_case_does_not_matter(name: str) -> None:
+    assert isinstance(make_optimizer(name, nn.Linear(2, 1)), torch.optim.Adam)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adagrad"])
+def test_a_name_takes_the_fused_implementation_where_there_is_one(name: str) -> None:
+    made: Any = make_optimizer(name, nn.Linear(2, 1))
+    assert made.defaults["fused"]
+
+
+def test_a_name_takes_the_foreach_implementation_otherwise() -> None:
+    made: Any = make_optimizer("rmsprop", nn.Linear(2, 1))
+    assert made.defaults["foreach"]
+
+
+def test_the_learning_rate_goes_to_the_class_and_is_its_default_otherwise() -> None:
+    given: Any = make_optimizer("sgd", nn.Linear(2, 1), 0.5)
+    default: Any = make_optimizer("sgd", nn.Linear(2, 1))
+    assert given.defaults["lr"] == 0.5
+    assert default.defaults["lr"] == torch.optim.SGD([torch.ones(1)]).defaults["lr"]
+
+
+def test_frozen_parameters_are_left_out_by_name() -> None:
+    module = nn.Linear(2, 1)
+    module.bias.requires_grad_(False)
+    made: Any = make_optimizer("adam", module)
+    assert [id(p) for p in made.param_groups[0]["params"]] == [id(module.weight)]
+
+
+def test_a_module_without_anything_to_train_has_no_optimizer() -> None:
+    assert make_optimizer("adam", nn.ReLU()) is None
+
+
+def test_a_callable_is_given_the_trainable_parameters() -> None:
+    made = make_optimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1), nn.Linear(2, 1))
+    assert isinstance(made, torch.optim.SGD)
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
+    with pytest.raises(ValueError, match="optimizer='adm'.*Did you mean 'adam'.*adamw"):
+        make_optimizer("adm", nn.Linear(2, 1))
+
+
+def test_a_learning_rate_beside_an_optimizer_is_refused() -> None:
+    module = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="learning_rate=0.1 goes with an optimizer by name"):
+        make_optimizer(torch.optim.SGD(module.parameters()), module, 0.1)
+
+
+@pytest.mark.parametrize("learning_rate", [-1.0, float("nan"), float("inf")])
+def test_a_learning_rate_out_of_range_is_refused(learning_rate: float) -> None:
+    with pytest.raises(ValueError, match="learning_rate"):
+        make_optimizer("sgd", nn.Linear(2, 1), learning_rate)
+
+
+@pytest.mark.parametrize("as_name", [True, False])
+def test_lbfgs_is_refused_because_its_step_needs_a_closure(as_name: bool) -> None:
+    module = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="no closure, received optimizer=LBFGS"):
+        make_optimizer("lbfgs" if as_name else torch.optim.LBFGS(module.parameters()), module)
+
+
+def test_a_class_is_refused_with_what_to_write() -> None:
+    with pytest.raises(TypeError, match=r"torch.optim.SGD\(module.parameters\(\), lr=...\)"):
+        make_optimizer(torch.optim.SGD, nn.Linear(2, 1))
+
+
+def test_an_optimizer_over_another_module_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds none of them"):
+        make_optimizer(torch.optim.SGD(nn.Linear(2, 1).parameters()), nn.Linear(2, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_lazy_parameters_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match="Call the module once on a batch"):
+        make_optimizer("adam", nn.LazyLinear(1))
+
+
+@pytest.mark.parametrize("optimizer", [3, None])
+def test_anything_else_is_no_optimizer(optimizer: Any) -> None:
+    with pytest.raises(TypeError, match="received optimizer="):
+        make_optimizer(optimizer, nn.Linear(2, 1))
+
+
+def test_a_callable_that_makes_no_optimizer_is_refused() -> None:
+    with pytest.raises(TypeError, match="to return an optimizer"):
+        make_optimizer(lambda parameters: 3, nn.Linear(2, 1))
