@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from fitkit import loop
 from fitkit.batch import join
 from fitkit.callbacks import Callback, EarlyStopping, ProgressBar
+from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
 from fitkit.callbacks.monitor import MonitorCallback
-from fitkit.callbacks.progress_bar import resolve_verbose
 from fitkit.checkpoints import load_weights, save_weights
 from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
 from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device
@@ -70,7 +70,7 @@ class Model:
 
     def __init__(self, module: nn.Module, *, device: str | torch.device = "auto") -> None:
         if not isinstance(module, nn.Module):
-            hint = f" It is a class: write {module.__name__}()." if isinstance(module, type) else ""  # type: ignore[unreachable]
+            hint = f" It is a class: write {module.__name__}()." if isinstance(module, type) else ""
             raise TypeError(f"Expected a torch.nn.Module, received module={show(module)}.{hint}")
         self.device = resolve_device(device)
         self.module = module.to(self.device)

@@ -403,7 +403,7 @@ class TrainStep:
                 self._window.backward_each(outcome.parts, self._scaler, self._parameters)
             elif loss is not None:
                 scaled = loss if self._scaler is None else self._scaler.scale(loss)
-                scaled.backward(seed)  # type: ignore[no-untyped-call]
+                scaled.backward(seed)
             if self._window.is_complete:
                 self._update()
         else:

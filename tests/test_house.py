@@ -29,7 +29,7 @@ FLOORS = [
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.
-CALLBACK_BASE = {"callback", "monitor", "hooks"}
+CALLBACK_BASE = {"callback", "monitor", "hooks", "display"}
 FORBIDDEN_NAMES = {"utils", "core", "engine", "manager", "helpers"}
 
 

@@ -8,8 +8,8 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from fitkit.callbacks.display import print_line
 from fitkit.callbacks.monitor import MonitorCallback
-from fitkit.callbacks.progress_bar import print_line
 from fitkit.errors import check_flag, check_integer, check_number, show
 
 

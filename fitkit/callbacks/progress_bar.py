@@ -5,10 +5,8 @@ Numbers are read from the device only when something is drawn, about ten times a
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +15,8 @@ from typing import Any, TextIO, final
 from tqdm import tqdm
 
 from fitkit.callbacks.callback import Callback
-from fitkit.errors import check_number, show
+from fitkit.callbacks.display import TextBar, has_widgets, in_notebook, notebook_bar, print_line, shows_bars
+from fitkit.errors import check_number
 from fitkit.history import as_number, is_detail
 
 # Bars longer than the interval spend at most this part of the time on reading metrics and drawing.
@@ -126,7 +125,7 @@ class ProgressBar(Callback):
         self._output = self.stream if self.stream is not None else sys.stdout
         self._epoch = None
         self._steps.clear()
-        self._draws = self.params.get("verbose") != 2 and _shows_bars(self._output)
+        self._draws = self.params.get("verbose") != 2 and shows_bars(self._output)
         self._next_drawing = -math.inf if self._draws else math.inf
 
     def _total(self, key: str) -> int | None:
@@ -155,7 +154,7 @@ class ProgressBar(Callback):
         if self._bar is None or self._drawn is not self._phase:
             self._close(leave=False)
             self._drawn = self._phase
-            kind = _notebook_bar() if _in_notebook() and _has_widgets() else _TextBar
+            kind = notebook_bar() if in_notebook() and has_widgets() else TextBar
             self._bar = kind(
                 desc=self._phase.name,
                 total=self._phase.total,
@@ -203,77 +202,6 @@ class _Phase:
     total: int | None
     batches: int = 0
     started: float = field(default_factory=time.monotonic)
-
-
-class _TextBar(tqdm):  # type: ignore[type-arg]  # the stubs' class takes a type, the real one does not
-    """tqdm without its watching thread: the hooks refresh the bar themselves."""
-
-    monitor_interval = 0
-
-
-# tqdm's own lock fixes the start method of multiprocessing, which is the user's to choose.
-_LOCK = threading.RLock()
-_TextBar.set_lock(_LOCK)
-
-
-def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Prints a line above any bar that is being shown, without tearing it.
-
-    Args:
-        text: without a line break at its end.
-        stream: where to; None is ``sys.stdout``.
-    """
-    _TextBar.write(text, file=stream)
-    output = sys.stdout if stream is None else stream
-    if output is not None:
-        output.flush()
-
-
-def resolve_verbose(verbose: Any) -> int:
-    """What the argument verbose of fit, evaluate and predict means here.
-
-    Args:
-        verbose: 0 shows nothing, 1 a bar, 2 one line an epoch; "auto" is 1 in a terminal or notebook and 2 elsewhere.
-
-    Returns:
-        0, 1 or 2.
-
-    Raises:
-        ValueError: verbose is anything else; True is not 1.
-    """
-    if verbose == "auto":
-        return 1 if _shows_bars(sys.stdout) else 2
-    if isinstance(verbose, bool) or not isinstance(verbose, int) or verbose not in (0, 1, 2):
-        raise ValueError(
-            f'Expected "auto", 0 (nothing), 1 (a bar) or 2 (one line an epoch), received verbose={show(verbose)}.'
-        )
-    return verbose
-
-
-def _shows_bars(stream: Any) -> bool:
-    """Whether a line there can be drawn over; what is no terminal would keep every drawing of it."""
-    return (hasattr(stream, "isatty") and stream.isatty()) or (stream is sys.stdout and _in_notebook())
-
-
-def _in_notebook() -> bool:
-    """Whether this is a notebook's kernel; IPython in a terminal is a terminal."""
-    ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    return shell is not None and "IPKernelApp" in shell.config
-
-
-def _has_widgets() -> bool:
-    return importlib.util.find_spec("ipywidgets") is not None
-
-
-def _notebook_bar() -> type[tqdm[Any]]:
-    from tqdm.notebook import tqdm as notebook_tqdm
-
-    class NotebookBar(notebook_tqdm):  # type: ignore[type-arg]  # as above
-        monitor_interval = 0
-
-    NotebookBar.set_lock(_LOCK)
-    return NotebookBar
 
 
 def _shown(logs: Mapping[str, Any]) -> list[str]:

@@ -37,9 +37,7 @@ class Layout:
     def _visit(self, value: Any, argument: str) -> Callable[[Sequence[Any]], Any]:
         if isinstance(value, Mapping):
             if not value:
-                raise ValueError(
-                    f"Expected at least one array, received {argument}={show(value)}. Leave nothing empty."
-                )
+                raise ValueError(f"Expected at least one array, received {argument}={show(value)}. Leave it out.")
             children = {key: self._visit(item, f"{argument}[{key!r}]") for key, item in value.items()}
             return lambda leaves: {key: build(leaves) for key, build in children.items()}
         if isinstance(value, (list, tuple)) and value and not all(type(item) in (int, float, bool) for item in value):

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import pytest
 
 from fitkit.callbacks import EarlyStopping, ProgressBar
-from fitkit.callbacks.progress_bar import print_line, resolve_verbose
+from fitkit.callbacks.display import print_line, resolve_verbose
 
 # Longer than any pause that drawing makes the bar take.
 PAUSE = 0.3
@@ -266,8 +266,8 @@ def test_it_starts_no_thread(terminal: Terminal) -> None:
 
 def test_it_leaves_the_start_method_of_processes_open() -> None:
     code = (
-        "import io, multiprocessing as m; from fitkit.callbacks.progress_bar import _TextBar, print_line;"
-        "_TextBar(total=2, file=io.StringIO()).close(); print_line('x'); m.set_start_method('spawn')"
+        "import io, multiprocessing as m; from fitkit.callbacks.display import TextBar, print_line;"
+        "TextBar(total=2, file=io.StringIO()).close(); print_line('x'); m.set_start_method('spawn')"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, stdout=subprocess.DEVNULL)
 
@@ -276,7 +276,8 @@ NOTEBOOK = """
 from traitlets.config import Config
 from IPython.core.interactiveshell import InteractiveShell
 InteractiveShell.instance(config=Config({"IPKernelApp": {"name": "kernel"}}))
-from fitkit.callbacks.progress_bar import ProgressBar, resolve_verbose
+from fitkit.callbacks import ProgressBar
+from fitkit.callbacks.display import resolve_verbose
 assert resolve_verbose("auto") == 1
 bar = ProgressBar()
 bar.set_params({"epochs": 1, "steps": 2, "verbose": 1})
