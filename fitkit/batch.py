@@ -33,6 +33,39 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
     )
 
 
+def split(batch: Any, size: int) -> list[Any]:
+    """The batch in parts of at most that many samples.
+
+    Every tensor whose first dimension is the number of samples is cut; anything else goes with each part.
+
+    Raises:
+        TypeError: a batch object of another library, which only its library can cut.
+    """
+    x, y, _ = unpack(batch)
+    samples = count_samples(x, y)
+    if samples <= size:
+        return [batch]
+    if not any(True for _ in tensors(batch)):
+        raise TypeError(
+            f"Expected a batch of tensors to split by micro_batch_size, received {show(batch)}. Let the loader give "
+            "smaller batches and use accumulate_grad_batches."
+        )
+    return [_rows(batch, samples, start, start + size) for start in range(0, samples, size)]
+
+
+def _rows(value: Any, samples: int, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        # Detached, so that a module which works in place on one part ties no other part to its graph.
+        return value[start:stop].detach() if value.dim() > 0 and value.shape[0] == samples else value
+    if isinstance(value, Mapping):
+        return {key: _rows(item, samples, start, stop) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_rows(item, samples, start, stop) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows(item, samples, start, stop) for item in value)
+    return value
+
+
 def call(module: Callable[..., Any], x: Any) -> Any:
     """The module's output: ``module(x)``, ``module(*x)`` for a tuple or list, ``module(**x)`` for a mapping."""
     if isinstance(x, Tensor):
@@ -73,7 +106,7 @@ def count_samples(x: Any, y: Any) -> int:
         said = getattr(x, name, None)
         if isinstance(said, int):
             return said
-    return len(x) if hasattr(type(x), "__len__") else 1
+    return len(x) if hasattr(type(x), "__len__") and not isinstance(x, (Tensor, Mapping)) else 1
 
 
 def own_loss(output: Any) -> tuple[Tensor, Any]:

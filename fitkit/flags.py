@@ -7,7 +7,7 @@ nowhere else; what needs the data or the callbacks to be checked is checked wher
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class TrainingFlags:
     steps_per_epoch: int | None = None
     validation_steps: int | None = None
     validation_freq: int | tuple[int, ...] = 1
+    micro_batch_size: int | str | None = None
     on_nonfinite: str = "raise"
     last_epoch: int = field(init=False, default=0)
 
@@ -59,6 +60,12 @@ class TrainingFlags:
         check_number("overfit_pct", self.overfit_pct, least=0.0, most=1.0)
         check_number("gradient_clip_val", self.gradient_clip_val, least=0.0)
         check_choice("on_nonfinite", self.on_nonfinite, ("raise", "stop", "ignore"))
+        if self.micro_batch_size not in (None, "auto") or isinstance(self.micro_batch_size, bool):
+            if isinstance(self.micro_batch_size, str):
+                raise ValueError(
+                    f'Expected a number of samples or "auto", received micro_batch_size={self.micro_batch_size!r}.'
+                )
+            check_integer("micro_batch_size", self.micro_batch_size, least=1)
         self._set("accumulate_grad_batches", _accumulation(self.accumulate_grad_batches))
         self._set("track_grad_norm", _norm_order(self.track_grad_norm))
         self._set("validation_freq", _frequency(self.validation_freq))
@@ -132,6 +139,8 @@ def _norm_order(value: Any) -> float:
 
 def _frequency(value: Any) -> int | tuple[int, ...]:
     """Every how many epochs, or in which 1-based epochs, there is a validation."""
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (Sequence, Set)) and not isinstance(value, str):
+        if not value:
+            raise ValueError(f"Expected the epochs to validate after, received validation_freq={show(value)}.")
         return tuple(check_integer("validation_freq's epoch", epoch, least=1) for epoch in value)
     return check_integer("validation_freq", value, least=1)

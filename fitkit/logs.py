@@ -33,7 +33,7 @@ class Mean:
 
     __slots__ = (
         "_adds_up",
-        "_count",
+        "_indices",
         "_device",
         "_first_bad",
         "_host_weight",
@@ -48,22 +48,30 @@ class Mean:
         self._adds_up = adds_up
         self._values: list[Tensor] = []
         self._weights: list[float | Tensor] = []
+        self._indices: list[int] = []
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything."""
         self._values.clear()
         self._weights.clear()
+        self._indices.clear()
         self._sum: Tensor | None = None
         self._host_weight = 0.0
         self._weight: Tensor | None = None
-        self._count = 0
         self._first_bad: Tensor | None = None
 
-    def add(self, value: Tensor, weight: float | Tensor) -> None:
-        """Takes one batch in. value: 0-d, detached, on the device. weight: a number, or a 0-d tensor there."""
+    def add(self, value: Tensor, weight: float | Tensor, index: int) -> None:
+        """Takes one value in.
+
+        Args:
+            value: 0-d, detached, on the device.
+            weight: a number, or a 0-d tensor on the device.
+            index: of the batch that it belongs to.
+        """
         self._values.append(value)
         self._weights.append(weight)
+        self._indices.append(index)
         if len(self._values) >= HELD:
             self._flush()
 
@@ -87,9 +95,9 @@ class Mean:
             summed = values.sum() if self._adds_up else (values * weights).sum()
         self._note_bad(values)
         self._sum = summed if self._sum is None else self._sum + summed
-        self._count += len(self._values)
         self._values.clear()
         self._weights.clear()
+        self._indices.clear()
 
     def _weight_tensor(self, dtype: torch.dtype) -> Tensor:
         """The waiting weights on the device; their sum goes to the host where the host knows them all."""
@@ -106,7 +114,12 @@ class Mean:
     def _note_bad(self, values: Tensor) -> None:
         """Keeps, on the device, the index of the first batch whose value is not finite (-1: none)."""
         bad = ~values.isfinite()
-        index = torch.where(bad.any(), bad.to(torch.uint8).argmax() + self._count, -1)
+        first = bad.to(torch.uint8).argmax()
+        if self._indices[-1] - self._indices[0] == len(self._indices) - 1:
+            index = first + self._indices[0]
+        else:  # several parts of one batch
+            index = torch.tensor(self._indices).to(self._device, non_blocking=True)[first]
+        index = torch.where(bad.any(), index, -1)
         self._first_bad = index if self._first_bad is None else torch.where(self._first_bad < 0, index, self._first_bad)
 
     def value(self) -> Tensor:

@@ -89,13 +89,14 @@ class PredictRun:
 
 @dataclass(frozen=True)
 class FitRun:
-    """One fit: the training, the validation if there is one, who listens, and the checked flags."""
+    """One fit: the training step, what takes a batch to it, the validation if there is one, who listens, the flags."""
 
     model: ModelProtocol
     step: TrainStep
     batches: EpochPlan
     hooks: HookTable
     flags: TrainingFlags
+    take_batch: Step
     validation: TestRun | None
     callbacks: Sequence[Any]
 
@@ -118,7 +119,7 @@ def fit(run: FitRun) -> None:
                     hook(epoch, {})
                 step.begin_epoch(flags.window(epoch), run.batches.length)
                 with contextlib.closing(run.batches.epoch()) as batches:
-                    run_batches(batches, step, hooks.on_train_batch_begin, hooks.on_train_batch_end, model)
+                    run_batches(batches, run.take_batch, hooks.on_train_batch_begin, hooks.on_train_batch_end, model)
 
                 # The only read of the training's numbers; each is a plain float from here on.
                 logs, first_bad = step.epoch_logs()
@@ -215,8 +216,9 @@ def _judge_losses(first_bad: int | None, epoch: int, run: FitRun) -> None:
         return
     raise NonFiniteLossError(
         f"Expected finite training losses, received NaN or infinity in epoch {epoch + 1} (index {epoch}), for the "
-        f"first time in batch {first_bad + 1} (index {first_bad}). Lower the learning rate, clip the gradients with "
-        'gradient_clip_val=1.0, or check the data; on_nonfinite="stop" or "ignore" goes on without this error.',
+        f"first time in batch {first_bad + 1} (index {first_bad}). {run.step.explain_nonfinite()} Lower the learning "
+        'rate, clip the gradients with gradient_clip_val=1.0, or check the data; on_nonfinite="stop" or "ignore" goes '
+        "on without this error.",
         epoch=epoch,
         batch=first_bad,
     )

@@ -337,7 +337,9 @@ def _valued_and_weighted(returned: tuple[Any, ...], argument: str) -> Part:
         )
     value, weight = returned
     if isinstance(weight, Tensor):
-        return Part(value, weight.detach())
+        # On the CPU, NumPy reads it without asking torch for a number; elsewhere it stays where it is.
+        weight = weight.detach()
+        return Part(value, float(weight.numpy()) if weight.device.type == "cpu" else weight)
     return Part(value, check_number(f"weight returned by {argument}", weight, least=0.0))
 
 

@@ -30,6 +30,7 @@ from fitkit.gradients import kept_gradients, norm_names
 from fitkit.history import History
 from fitkit.losses import OutputLosses
 from fitkit.metrics import CompiledMetrics
+from fitkit.microbatches import split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
 from fitkit.steps import ClassWeight, Compiled, Computation, PredictStep, TestStep, TrainStep, trained_parameters
 from fitkit.summary import summarize
@@ -177,6 +178,7 @@ class Model:
         train_percent_check: float = 1.0,
         val_percent_check: float = 1.0,
         overfit_pct: float = 0.0,
+        micro_batch_size: int | str | None = None,
         on_nonfinite: str = "raise",
     ) -> History:
         """Trains the module.
@@ -215,6 +217,8 @@ class Model:
             train_percent_check: fraction of the training batches used in an epoch.
             val_percent_check: fraction of the validation batches used.
             overfit_pct: above 0, trains on this first part of the data, always the same batches unshuffled.
+            micro_batch_size: samples that go through the module at a time; a larger batch is split, for the same step.
+                "auto" halves the parts whenever memory runs out. None does not split.
             on_nonfinite: "raise" a NonFiniteLossError when an epoch's loss is NaN or infinite, "stop" or "ignore".
 
         Returns:
@@ -241,6 +245,7 @@ class Model:
             steps_per_epoch=steps_per_epoch,
             validation_steps=validation_steps,
             validation_freq=validation_freq,  # type: ignore[arg-type]
+            micro_batch_size=micro_batch_size,
             on_nonfinite=on_nonfinite,
         )
         batching = self._batching(batch_size, shuffle, training=True)
@@ -281,7 +286,7 @@ class Model:
         self.stop_training = False
         self._is_fitting = True
         try:
-            loop.fit(loop.FitRun(self, step, batches, hooks, flags, validation, chosen))
+            loop.fit(loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen))
         finally:
             self._is_fitting = False
         return self.history

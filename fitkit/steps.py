@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fitkit import batch as batches_of
 from fitkit._types import OutputMeaning, Precision
-from fitkit.device import autocast, move
+from fitkit.device import autocast, move, random_state, restore_random_state, sum_dtype
+from fitkit.diagnosis import explain_nonfinite
 from fitkit.gradients import GradientNorms, clip_gradients
 from fitkit.logs import BatchLogs, Tally, read
 from fitkit.losses import OutputLosses, Part, show_structure
@@ -188,7 +189,7 @@ class ClassWeight:
 
     def __init__(self, weights: Mapping[int, float], device: torch.device) -> None:
         self._last = max(weights) + 1
-        table = torch.ones(self._last + 1)
+        table = torch.ones(self._last + 1, dtype=sum_dtype(device))
         for index, weight in weights.items():
             table[index] = weight
         self._table = table.to(device)
@@ -243,29 +244,29 @@ class Numbers:
         if self.norms is not None:
             self.norms.reset()
 
-    def add(self, outcome: Outcome) -> None:
-        """Takes one batch in."""
+    def add(self, outcome: Outcome, index: int) -> None:
+        """Takes one batch in, or a part of it; index is the batch's."""
         losses = self.compiled.losses
         if losses is None or losses.keys is None:
             part = outcome.parts[0]
             adds_up = losses is not None and losses.losses[0] is not None and losses.losses[0].adds_up
             self.last = part.value.detach()
-            self.tally.mean("loss", adds_up=adds_up).add(self.last, part.weight)
+            self.tally.mean("loss", adds_up=adds_up).add(self.last, part.weight, index)
         else:
-            self._add_several(losses, outcome)
+            self._add_several(losses, outcome, index)
         if outcome.extra:
             for name, value in outcome.extra.items():
                 number = value.detach().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
-                self.tally.mean(name).add(number.to(self.compiled.device), outcome.weight)
+                self.tally.mean(name).add(number.to(self.compiled.device), outcome.weight, index)
         if self.compiled.metrics.names:
             self._add_to_metrics(outcome)
 
-    def _add_several(self, losses: OutputLosses, outcome: Outcome) -> None:
+    def _add_several(self, losses: OutputLosses, outcome: Outcome, index: int) -> None:
         assert losses.names is not None  # they are named where there are several
         for position, part in zip(losses.active, outcome.parts, strict=True):
             loss = losses.losses[position]
             mean = self.tally.mean(f"{losses.names[position]}_loss", adds_up=loss is not None and loss.adds_up)
-            mean.add(part.value.detach(), part.weight)
+            mean.add(part.value.detach(), part.weight, index)
         total = weighted_sum(outcome.parts, [losses.weights[position] for position in losses.active])
         self.last = None if total is None else total.detach()
 
@@ -359,6 +360,7 @@ class TrainStep:
             raise ValueError("Expected a module with trainable parameters, received one that has none to train.")
         self.numbers = Numbers.start(compiled)
         self.logs = BatchLogs(self.numbers)
+        self.device = compiled.device
         self._compute = Computation(compiled, user_step, class_weight)
         self._autocast = autocast(compiled.precision, compiled.device)
         self._compiled = compiled
@@ -367,6 +369,7 @@ class TrainStep:
         self._norm_order = norm_order
         self._scaler = compiled.scaler
         self._by_hand = False
+        self._latest: Any = None
         self.begin_epoch(1, None)
 
     def begin_epoch(self, batches_per_step: int, length: int | None) -> None:
@@ -384,13 +387,21 @@ class TrainStep:
         self._window.discard()
         self.numbers.reset()
 
-    def __call__(self, batch: Any, index: int) -> None:
+    def __call__(self, batch: Any, index: int, parts: int = 1, is_last: bool = True) -> None:
+        """Trains on a batch, or on one of the parts that it comes in.
+
+        Args:
+            batch: the batch or part.
+            index: of the batch in the epoch.
+            parts: how many the batch is expected to have.
+            is_last: whether it is the last of them.
+        """
         # A window starts without gradients; the last one of an epoch may be short.
         if self._window.is_complete and not self._by_hand:
             for parameter in self._parameters:
                 parameter.grad = None
             left = self._batches_per_step if self._length is None else self._length - index
-            self._window.open(min(self._batches_per_step, max(left, 1)))
+            self._window.open(min(self._batches_per_step, max(left, 1)), parts)
 
         # Forward and loss, in the user's precision.
         with self._autocast:
@@ -404,14 +415,52 @@ class TrainStep:
             elif loss is not None:
                 scaled = loss if self._scaler is None else self._scaler.scale(loss)
                 scaled.backward(seed)
-            if self._window.is_complete:
-                self._update()
+            if is_last:
+                self.end_batch()
         else:
             self._by_hand = True  # a step of the user's that has trained by itself
             self._window.discard()
 
         # Numbers stay on the device.
-        self.numbers.add(outcome)
+        self.numbers.add(outcome, index)
+        self._latest = batch
+
+    def explain_nonfinite(self) -> str:
+        """Where NaN or infinity shows first, by one more forward pass on the latest batch."""
+        batch = self._latest
+
+        def forward() -> None:
+            with self._autocast:
+                self._compute(batch, 0)
+
+        if self._by_hand:
+            return "The training_step trains by itself; look at what it returns."
+        return explain_nonfinite(self._compiled.module, batch, forward, self.device)
+
+    def end_batch(self) -> None:
+        """Ends a batch: where it completes the window, the optimizer makes its step."""
+        self._window.end_batch()
+        if self._window.is_complete:
+            self._update()
+
+    def keep(self) -> Callable[[], None]:
+        """Notes everything that a batch part may change before the optimizer's step; the result puts it back."""
+        module, window = self._compiled.module, self._window.state()
+        random_state_before = random_state(self._compiled.device)
+        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        # At the start of a window gradients are about to be cleared anyway.
+        held = [None if self._window.is_complete else parameter.grad for parameter in self._parameters]
+        gradients = [None if gradient is None else gradient.clone() for gradient in held]
+
+        def put_back() -> None:
+            self._window.restore(window)
+            restore_random_state(random_state_before, self._compiled.device)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
+
+        return put_back
 
     def finish(self) -> None:
         """Ends the epoch: a window that is still open makes its step."""
@@ -420,19 +469,20 @@ class TrainStep:
         self._window.discard()
 
     def release(self) -> None:
-        """Leaves no gradient behind for the next run."""
+        """Leaves no gradient and no batch behind."""
         self._window.discard()
+        self._latest = None
         for parameter in self._parameters:
             parameter.grad = None
 
     def _update(self) -> None:
         """One optimizer step: unscale, norm, clip, step."""
         window, optimizer, scaler = self._window, self._compiled.optimizer, self._scaler
-        if optimizer is None:
-            raise ValueError("Expected a module with something to train, received one without trainable parameters.")
         if not window.holds_something:
             window.discard()
             return
+        if optimizer is None:
+            raise ValueError("Expected a module with something to train, received one without trainable parameters.")
         window.close(self._parameters)
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -504,7 +554,7 @@ class TestStep:
     def __call__(self, batch: Any, index: int) -> None:
         with self._autocast:
             outcome = self._compute(batch, index)
-        self.numbers.add(outcome)
+        self.numbers.add(outcome, index)
 
     def finish(self) -> None:
         """Nothing is open at the end of an epoch."""

@@ -40,20 +40,43 @@ class Window:
     def discard(self) -> None:
         """Forgets the micro-batches so far."""
         self.size = 0
-        self.taken = 0
+        self._taken = 0
+        self._batches_left = 0
         self._expected: list[float] = []
         self._actual: list[Weight] = []
         self._ratios: list[Weight] = []
         self._gradients: list[list[Tensor | None]] = []
 
-    def open(self, size: int) -> None:
-        """Begins a window that is expected to have that many micro-batches."""
+    def open(self, batches: int, parts: int = 1) -> None:
+        """Begins a window.
+
+        Args:
+            batches: how many complete it.
+            parts: micro-batches that each of them is expected to come in.
+        """
         self.discard()
-        self.size = size
+        self.size = batches * parts
+        self._batches_left = batches
+
+    def state(self) -> dict[str, Any]:
+        """What the window is now, to come back to with `restore`."""
+        kept = {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
+        kept["_gradients"] = [
+            [None if gradient is None else gradient.clone() for gradient in gradients] for gradients in self._gradients
+        ]
+        return kept
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Comes back to a state."""
+        vars(self).update(state)
+
+    def end_batch(self) -> None:
+        """Counts a batch, all of whose parts have been taken."""
+        self._batches_left -= 1
 
     @property
     def is_complete(self) -> bool:
-        return self.taken >= self.size
+        return self._batches_left <= 0
 
     @property
     def is_separate(self) -> bool:
@@ -78,7 +101,7 @@ class Window:
         Raises:
             ValueError: outputs whose weights change independently of each other without saying so.
         """
-        self.taken += 1
+        self._taken += 1
         if self.size == 1:
             self._actual = [part.weight for part in parts]
             return weighted_sum(parts, self._shares), None
@@ -98,7 +121,7 @@ class Window:
         """The micro-batch's weight over the window's expected one."""
         if isinstance(weight, Tensor):  # a count is an integer, whose quotient would be float32
             weight = weight.to(sum_dtype(weight.device))
-        if self.taken == 1:
+        if self._taken == 1:
             known = not isinstance(weight, Tensor) and weight > 0
             self._expected.append(self.size * float(weight) if known else float(self.size))
             self._actual.append(weight)

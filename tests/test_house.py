@@ -20,9 +20,9 @@ PACKAGE = Path(fitkit.__file__).parent
 FLOORS = [
     {"__init__"},
     {"model"},
-    {"loop"},
+    {"loop", "microbatches"},
     {"steps", "callbacks"},
-    {"windows"},
+    {"windows", "diagnosis"},
     {"data", "metrics", "losses", "optimization", "gradients"},
     {"history", "logs", "summary"},
     {"batch", "checkpoints", "device", "distributed", "flags"},

@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 
 def _mean(pairs: list[tuple[float, float]], *, on_device: bool = False, adds_up: bool = False) -> Mean:
     mean = Mean(CPU, adds_up=adds_up)
-    for value, weight in pairs:
-        mean.add(torch.tensor(value), torch.tensor(weight) if on_device else weight)
+    for index, (value, weight) in enumerate(pairs):
+        mean.add(torch.tensor(value), torch.tensor(weight) if on_device else weight, index)
     return mean
 
 
@@ -57,10 +57,17 @@ def test_the_first_bad_batch_is_found(bad: float, index: int) -> None:
     assert not math.isfinite(float(mean.value()))
 
 
+def test_parts_of_a_batch_share_its_index() -> None:
+    mean = Mean(CPU)
+    for index, value in [(0, 1.0), (0, 1.0), (1, 1.0), (1, math.nan), (2, 1.0)]:
+        mean.add(torch.tensor(value), 1, index)
+    assert int(mean.first_bad()) == 1
+
+
 def test_reading_in_between_changes_nothing() -> None:
     mean = _mean([(1.0, 2), (4.0, 1)])
     assert float(mean.value()) == 2.0
-    mean.add(torch.tensor(10.0), 1)
+    mean.add(torch.tensor(10.0), 1, 2)
     assert float(mean.value()) == 4.0
 
 
@@ -75,9 +82,9 @@ def test_nothing_has_no_mean() -> None:
 
 def test_a_tally_starts_anew() -> None:
     tally = Tally(CPU)
-    tally.mean("loss").add(torch.tensor(3.0), 1)
+    tally.mean("loss").add(torch.tensor(3.0), 1, 0)
     tally.reset()
-    tally.mean("loss").add(torch.tensor(5.0), 1)
+    tally.mean("loss").add(torch.tensor(5.0), 1, 0)
     assert read(tally.values()) == {"loss": 5.0}
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fitkit.data.arrays import ArrayBatches
-from fitkit.data.batches import Batches, EpochPlan
+from fitkit.data.batches import Batches, EpochPlan, known_length
 from fitkit.data.iterables import GeneratorBatches, IterableBatches
 from fitkit.data.loaders import LoaderBatches, load_dataset, split_dataset
 from fitkit.data.rows import is_array
@@ -131,8 +131,8 @@ def as_split_batches(
         return first, rest if validation_size is None else rest.resized(validation_size)
     if not _is_dataset(data) or isinstance(data, IterableDataset):
         raise ValueError(
-            f"{validation_split=} needs arrays or a map-style Dataset, received {batching.argument}={show(data)}. "
-            "Split the data yourself and pass validation_data=..."
+            f"{validation_split=} needs arrays or a map-style Dataset, received {batching.argument}="
+            f"{_kind(data)}. Split the data yourself and pass validation_data=..."
         )
     _refuse_parts(data, y, sample_weight, batching)
     training, held_out = split_dataset(data, _first_part(len(data), validation_split))
@@ -211,8 +211,8 @@ def _are_arrays(data: Any, y: Any) -> bool:
         return True
     if not isinstance(data, list):
         return y is not None and not hasattr(type(data), "__next__")
-    # A list of arrays is several inputs; a list of tuples, lists or dicts is a list of ready batches.
-    return y is not None or not all(isinstance(item, (tuple, list, Mapping)) for item in data)
+    # A list of arrays is several inputs; a list of tuples, dicts or other objects is a list of ready batches.
+    return y is not None or any(is_array(item) or isinstance(item, (bool, int, float, str)) for item in data)
 
 
 def _is_dataset(data: Any) -> bool:
@@ -230,8 +230,8 @@ def _refuse_parts(data: Any, y: Any, sample_weight: Any, batching: Batching) -> 
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             raise ValueError(
-                f"{name}=... goes with arrays, received {batching.argument}={show(data)}, which brings its own. Let "
-                "its batches be (x, y) or (x, y, sample_weight)."
+                f"{name}=... goes with arrays, received {batching.argument}={_kind(data)}, which brings its own. Let "
+                "it give (x, y) or (x, y, sample_weight)."
             )
 
 
@@ -239,10 +239,16 @@ def _refuse_batching(data: Any, batching: Batching, *, size: bool) -> None:
     if size and batching.batch_size is not None:
         raise ValueError(
             f"{batching.batch_size_argument}={batching.batch_size} goes with arrays and Datasets, received "
-            f"{batching.argument}={show(data)}, which comes in batches. Set the batch size where you make it."
+            f"{batching.argument}={_kind(data)}, which comes in batches. Set the batch size where you make it."
         )
     if batching.shuffle is not None and (size or (isinstance(data, IterableDataset) and batching.shuffle)):
         raise ValueError(
             f"shuffle={batching.shuffle} goes with arrays and map-style Datasets, received {batching.argument}="
-            f"{show(data)}, which has an order of its own. Leave shuffle out."
+            f"{_kind(data)}, which has an order of its own. Leave shuffle out."
         )
+
+
+def _kind(data: Any) -> str:
+    """What a message shows of data that may be long: its type, and its length when it tells one."""
+    length = known_length(data)
+    return type(data).__name__ if length is None else f"{type(data).__name__} of length {length}"

@@ -58,9 +58,9 @@ class TensorRows:
 
     def cut(self, start: int, stop: int) -> Tensor:
         rows = self._tensor[start:stop]
-        moved = rows.to(device=self._device, dtype=self._dtype, non_blocking=True)
+        moved = rows.to(device=self._device, dtype=self._dtype, non_blocking=True).contiguous()
         # A module may work in place on what it is given: the user's array must not change.
-        return moved.clone() if moved is rows else moved
+        return moved.clone() if moved.data_ptr() == rows.data_ptr() else moved
 
     def take(self, index: Tensor) -> Tensor:
         rows = self._tensor.index_select(0, index.to(self._tensor.device))
@@ -211,9 +211,9 @@ def _frame_converter(frame: Any, argument: str) -> Callable[[Any], np.ndarray[An
     mixed = len({"i" if dtype.kind == "u" else dtype.kind for dtype in dtypes}) > 1
     common = np.result_type(*dtypes, np.float32) if mixed else np.result_type(*dtypes or [np.float64])
     read_as = np.dtype(READ_AS.get(common.name, common))
-    if read_as.kind == "f":
-        return lambda part: part.to_numpy(dtype=read_as, na_value=float("nan"), copy=True)
-    return lambda part: part.to_numpy(dtype=read_as, copy=True)
+    options = {"na_value": float("nan")} if read_as.kind == "f" else {}
+    # Row by row in memory, as all other batches are: the layout decides in which order a matrix product adds.
+    return lambda part: np.ascontiguousarray(part.to_numpy(dtype=read_as, copy=True, **options))
 
 
 def with_tensors(batch: Any, dtype: torch.dtype, *, cast: bool = False) -> Any:

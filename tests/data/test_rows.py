@@ -77,6 +77,12 @@ def test_rows_are_copies(array: Any) -> None:
     assert (np.array(array) == before).all()
 
 
+@pytest.mark.parametrize("array", [torch.ones(2, 6).T, NUMBERS.T.copy().T, NUMBERS[:, ::-1], pd.DataFrame(NUMBERS)])
+def test_rows_lie_in_memory_one_after_the_other(array: Any) -> None:
+    assert rows(array).cut(0, 6).is_contiguous()
+    assert rows(array).take(torch.arange(6)).is_contiguous()
+
+
 def test_a_tensor_that_requires_grad_gives_rows_that_do_not() -> None:
     tensor = torch.ones(6, 2, requires_grad=True)
     assert_reads(tensor, torch.ones(6, 2))

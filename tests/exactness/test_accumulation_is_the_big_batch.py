@@ -26,7 +26,8 @@ class RecordingSGD(torch.optim.SGD):
         self.seen: list[list[Tensor]] = []
 
     def step(self, closure: Any = None) -> None:
-        self.seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.seen.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters])
 
 
 class TwoHeads(nn.Module):
@@ -141,21 +142,21 @@ TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
 def _fit(
-    case: Case, dtype: torch.dtype, batch_size: int, window: int | dict[int, int]
+    case: Case, dtype: torch.dtype, batch_size: int, window: int | dict[int, int], **arguments: Any
 ) -> tuple[RecordingSGD, Any, fitkit.Model]:
     torch.manual_seed(3)
     module = case.module().to(dtype)
     optimizer = RecordingSGD(module.parameters())
     model = fitkit.Model(module, device="cpu")
     model.compile(optimizer, case.loss(dtype), **case.compile)
-    history = model.fit(
-        case.data, epochs=1, batch_size=batch_size, accumulate_grad_batches=window, shuffle=False, verbose=0, **case.fit
-    )
+    arguments |= {"batch_size": batch_size, "accumulate_grad_batches": window, **case.fit}
+    history = model.fit(case.data, epochs=1, shuffle=False, verbose=0, **arguments)
     return optimizer, history, model
 
 
 def _distance(one: list[Tensor], other: list[Tensor]) -> float:
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(one, other, strict=True))
+    first, second = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (one, other))
+    return float((first - second).norm() / second.norm().clamp(min=1e-9))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -167,6 +168,22 @@ def test_the_window_s_gradient_is_that_of_the_one_batch(name: str, dtype: torch.
     sliced, history, _ = _fit(CASES[name], dtype, batch_size, SAMPLES)
     assert len(sliced.seen) == 1
     assert _distance(sliced.seen[0], whole.seen[0]) <= TOLERANCES[dtype]
+    for key, column in whole_history.history.items():
+        assert history[key][0] == pytest.approx(column[0], rel=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=3)
+@given(batch_size=st.integers(1, SAMPLES), part=st.integers(1, SAMPLES), window=st.integers(1, 3))
+def test_splitting_batches_changes_no_step(
+    name: str, dtype: torch.dtype, batch_size: int, part: int, window: int
+) -> None:
+    whole, whole_history, _ = _fit(CASES[name], dtype, batch_size, window)
+    split, history, _ = _fit(CASES[name], dtype, batch_size, window, micro_batch_size=part)
+    assert len(split.seen) == len(whole.seen)
+    for one, other in zip(split.seen, whole.seen, strict=True):
+        assert _distance(one, other) <= TOLERANCES[dtype]
     for key, column in whole_history.history.items():
         assert history[key][0] == pytest.approx(column[0], rel=TOLERANCES[dtype])
 
@@ -190,7 +207,7 @@ def test_the_loss_of_one_batch_is_what_torch_computes(name: str) -> None:
     expected = _by_hand(name, case, module)
     expected.backward()
     expected = expected.detach()
-    gradients = [parameter.grad for parameter in module.parameters()]
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     assert _distance(optimizer.seen[0], gradients) <= 1e-12
     reported = expected / (SAMPLES if name == "sum" else 1)
     if "named" not in name:

@@ -82,12 +82,12 @@ def test_each_epoch_is_shuffled_anew(loaded: bool) -> None:
 
 
 def test_the_batches_are_the_first_of_a_plain_loader() -> None:
-    x = numbered(20)
+    x, module = numbered(20), Remembering()
     torch.manual_seed(5)
     loader = DataLoader(TensorDataset(x, x), batch_size=2, shuffle=True)
     expected = [batch.flatten().tolist() for _ in range(2) for batch, _ in [*loader][:3]]
     torch.manual_seed(5)
-    assert fitted(20, train_percent_check=0.3, epochs=2).trained == expected
+    assert fitted(20, module, train_percent_check=0.3, epochs=2).trained == expected
 
 
 def test_without_shuffling_each_epoch_has_the_first_batches() -> None:
