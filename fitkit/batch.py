@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,20 +116,23 @@ def own_loss(output: Any) -> tuple[Tensor, Any]:
     Raises:
         ValueError: there is none.
     """
-    source = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
-    loss = source.get("loss")
+    read = output.get if isinstance(output, Mapping) else partial(getattr, output)
+    loss = read("loss", None)
     if not isinstance(loss, Tensor):
         raise ValueError(
             "Expected a module whose output has .loss or ['loss'], since compile was given loss=None; received output "
             f"{show(output)}. Pass compile(loss=...), or override training_step."
         )
-    return loss, source.get("weight")
+    return loss, read("weight", None)
 
 
 def on_cpu(output: Any) -> Any:
-    """The tensors of an output on the CPU, in its structure; what is no tensor or has no batch dimension is None."""
+    """Copies of an output's tensors on the CPU, in its structure; what has no batch dimension is None."""
     if isinstance(output, Tensor):
-        return output.detach().cpu() if output.dim() > 0 else None
+        if output.dim() == 0:
+            return None
+        # A module may write its next output where it wrote this one.
+        return output.detach().clone() if output.device.type == "cpu" else output.detach().cpu()
     if isinstance(output, Mapping):
         return {key: on_cpu(value) for key, value in output.items()}
     if isinstance(output, tuple) and hasattr(output, "_fields"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,9 @@ def _first_bad_output(module: nn.Module, forward: Callable[[], Any]) -> str | No
 
     handles = [child.register_forward_hook(look) for child in names]
     try:
-        forward()
+        # The error that is being explained must not be replaced by one of looking.
+        with contextlib.suppress(Exception), torch.enable_grad():
+            forward()
     finally:
         for handle in handles:
             handle.remove()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
@@ -56,7 +57,9 @@ class TrainingFlags:
                 check_integer(name, getattr(self, name), least=1)
         for name in ("train_percent_check", "val_percent_check"):
             if check_number(name, getattr(self, name), least=0.0, most=1.0) == 0.0:
-                raise ValueError(f"Expected a fraction above 0 and up to 1, received {name}=0. Pass no data instead.")
+                raise ValueError(
+                    f"Expected a fraction above 0 and up to 1, received {name}=0. Leave it out for all of it."
+                )
         check_number("overfit_pct", self.overfit_pct, least=0.0, most=1.0)
         check_number("gradient_clip_val", self.gradient_clip_val, least=0.0)
         check_choice("on_nonfinite", self.on_nonfinite, ("raise", "stop", "ignore"))
@@ -127,7 +130,7 @@ def _accumulation(value: Any) -> int | dict[int, int]:
 
 def _norm_order(value: Any) -> float:
     """-1 when off, else the order p of the norm, math.inf for "inf"."""
-    if value == "inf" or (isinstance(value, float) and value == math.inf):
+    if value == "inf" or (isinstance(value, Real) and value == math.inf):
         return math.inf
     if isinstance(value, str):
         raise ValueError(f'Expected -1 (off), a number above 0 or "inf", received track_grad_norm={value!r}.')

@@ -25,19 +25,20 @@ class GradientNorms:
         self._parameters = parameters
         self._order = order
         self.names = norm_names(module, parameters, order)
-        self.last: Tensor | None = None
-        self._sum: Tensor | None = None
-        self._steps = 0
+        self.reset()
 
     def reset(self) -> None:
         """Starts an epoch."""
-        self.last = self._sum = None
-        self._steps = 0
+        self.last: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._steps: Tensor | float = 0.0
 
     def measure(self) -> Tensor:
         """Norms of the gradients as they are: a vector with the total first, on the device."""
         gradients = [parameter.grad for parameter in self._parameters]
         present = [gradient for gradient in gradients if gradient is not None]
+        if not present:
+            return self._parameters[0].new_zeros(len(gradients) + 1)
         norms = torch.stack(torch._foreach_norm(present, self._order))
         total = torch.linalg.vector_norm(norms, self._order)
         if len(present) < len(gradients):  # parameters that took no part have a gradient of norm 0
@@ -45,11 +46,20 @@ class GradientNorms:
             norms = norms.new_zeros(len(gradients)).index_copy_(0, places.to(norms.device), norms)
         return torch.cat([total.reshape(1), norms])
 
-    def add(self, norms: Tensor) -> None:
-        """Takes one step's norms into the mean."""
+    def add(self, norms: Tensor, *, only_finite: bool = False) -> None:
+        """Takes one step's norms into the mean.
+
+        Args:
+            norms: what `measure` gave.
+            only_finite: whether to leave norms out that are not finite, without asking the device.
+        """
         self.last = norms
+        counted: Tensor | float = 1.0
+        if only_finite:
+            counted = norms[0].isfinite().to(norms.dtype)
+            norms = torch.where(counted > 0, norms, torch.zeros_like(norms))
         self._sum = norms if self._sum is None else self._sum + norms
-        self._steps += 1
+        self._steps = self._steps + counted
 
     def means(self) -> dict[str, Tensor]:
         """The mean norms by name as 0-d tensors; NaN when no step was made."""
@@ -85,9 +95,9 @@ def norm_names(module: nn.Module, parameters: Sequence[nn.Parameter], order: flo
 
 
 @contextmanager
-def kept_gradients(module: nn.Module) -> Iterator[None]:
+def kept_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Leaves the parameters with the gradients they had: those of a window that a fit has open."""
-    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
     try:
         yield
     finally:

@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +53,14 @@ from fitkit.flags import TrainingFlags
 from fitkit.steps import PredictStep, TestStep, TrainStep
 
 Hook = Callable[..., Any]
+
+# How many fits are going on here, one inside a callback of another counted as well.
+_fits: ContextVar[int] = ContextVar("fits", default=0)
+
+
+def is_fitting() -> bool:
+    """Whether this is called from within a fit, of whichever Model: from a callback or a step."""
+    return _fits.get() > 0
 
 
 class Step(Protocol):
@@ -106,7 +115,7 @@ def fit(run: FitRun) -> None:
     model, hooks, flags, step = run.model, run.hooks, run.flags, run.step
     logs: dict[str, float] = {}
     with kept_modes(model.module):
-        with _reported_errors(hooks, model), _released(step):
+        with _counted(), _reported_errors(hooks, model), _released(step):
             # A root module in eval mode is one that nobody prepared; a submodule in eval mode is a frozen one.
             if not model.module.training:
                 model.module.train()
@@ -195,6 +204,15 @@ def _reported_errors(hooks: HookTable, model: ModelProtocol) -> Iterator[None]:
     except BaseException as error:
         model.history.stop_reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
         raise
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[None]:
+    token = _fits.set(_fits.get() + 1)
+    try:
+        yield
+    finally:
+        _fits.reset(token)
 
 
 @contextlib.contextmanager

@@ -107,10 +107,10 @@ class Loss:
         self.adds_up = self.reduction == "sum"
         self._items: Callable[..., Tensor] | None = _item_losses(self.call)
 
-    def to(self, device: torch.device) -> None:
-        """Moves class weights and other tensors of the loss to the device."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Moves class weights and other tensors of the loss to the device, and to the dtype where one is given."""
         if self.module is not None:
-            self.module.to(device)
+            self.module.to(device=device, dtype=dtype)
             self._items = _item_losses(self.call)
 
     @property
@@ -380,10 +380,10 @@ class OutputLosses:
         self.weights = _loss_weights(loss_weights, self.keys)
         self.active = [index for index, entry in enumerate(self.losses) if entry is not None]
 
-    def to(self, device: torch.device) -> None:
-        """Moves what tensors the losses hold to the device."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Moves what tensors the losses hold to the device, and to the dtype where one is given."""
         for index in self.active:
-            self.losses[index].to(device)  # type: ignore[union-attr]
+            self.losses[index].to(device, dtype)  # type: ignore[union-attr]
 
     @property
     def meanings(self) -> list[OutputMeaning]:

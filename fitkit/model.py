@@ -32,7 +32,16 @@ from fitkit.losses import OutputLosses
 from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
-from fitkit.steps import ClassWeight, Compiled, Computation, PredictStep, TestStep, TrainStep, trained_parameters
+from fitkit.steps import (
+    ClassWeight,
+    Compiled,
+    PredictStep,
+    TestStep,
+    TrainStep,
+    held_parameters,
+    total_loss,
+    trained_parameters,
+)
 from fitkit.summary import summarize
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -78,7 +87,6 @@ class Model:
         self.history = History()
         self.stop_training = False
         self._compiled: Compiled | None = None
-        self._is_fitting = False
 
     def compile(
         self,
@@ -124,7 +132,7 @@ class Model:
         )
         made = make_optimizer(optimizer, self.module, learning_rate)
         if losses is not None:
-            losses.to(self.device)
+            losses.to(self.device, torch.float64 if precision == "64-true" else None)
         if precision == "64-true":
             self.module.double()
         if made is not None:
@@ -284,11 +292,7 @@ class Model:
         if validation_plan is not None:
             validation = loop.TestRun(self, self._test_step(compiled), validation_plan, hooks)
         self.stop_training = False
-        self._is_fitting = True
-        try:
-            loop.fit(loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen))
-        finally:
-            self._is_fitting = False
+        loop.fit(loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen))
         return self.history
 
     def evaluate(
@@ -395,7 +399,7 @@ class Model:
         compiled = self._require_compiled()
         step = TrainStep(compiled, self._overridden("training_step"), self._class_weight(class_weight, sample_weight))
         batch = self._one_batch(x, y, sample_weight)
-        with kept_modes(self.module), kept_gradients(self.module):
+        with kept_modes(self.module), kept_gradients(held_parameters(compiled)):
             if not self.module.training:
                 self.module.train()
             step(batch, 0)
@@ -425,7 +429,7 @@ class Model:
         self._check_steps(validates=True)
         step = self._test_step(compiled)
         batch = self._one_batch(x, y, sample_weight)
-        with kept_modes(self.module):
+        with self._undisturbed(), kept_modes(self.module):
             self.module.eval()
             step(batch, 0)
             logs = step.epoch_logs()
@@ -443,7 +447,7 @@ class Model:
         """
         step = PredictStep(self._for_prediction(), self._overridden("predict_step"))
         batch = self._one_batch(x, None, None)
-        with kept_modes(self.module):
+        with self._undisturbed(), kept_modes(self.module):
             self.module.eval()
             step(batch, 0)
         return join(step.outputs)
@@ -464,8 +468,7 @@ class Model:
             epoch. They are weighted by samples unless "weight" stands beside them. With "output" and "target" in the
             dict, the compiled metrics compare these.
         """
-        outcome = Computation(self._require_compiled(), None)(batch, batch_idx)
-        return outcome.parts[0].value
+        return total_loss(self._require_compiled(), batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         """The loss of a validation batch; override it as `training_step`.
@@ -477,8 +480,7 @@ class Model:
         Returns:
             As `training_step`.
         """
-        outcome = Computation(self._require_compiled(), None)(batch, batch_idx)
-        return outcome.parts[0].value
+        return total_loss(self._require_compiled(), batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """The outputs for a batch; override it for outputs that are not simply the module's.
@@ -601,7 +603,8 @@ class Model:
         if early_stop_callback is not None:
             if not isinstance(early_stop_callback, EarlyStopping):
                 raise TypeError(f"Expected an EarlyStopping, received early_stop_callback={show(early_stop_callback)}.")
-            chosen.append(early_stop_callback)
+            if early_stop_callback not in chosen:
+                chosen.append(early_stop_callback)
         elif flags.default_stop:
             chosen.append(EarlyStopping("val_loss" if validates else "loss", patience=3, mode="min"))
         if not flags.enable_early_stop:
@@ -644,7 +647,7 @@ class Model:
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         """Inside a fit, what a callback evaluates or predicts changes nothing that the fit draws."""
-        return kept_random_state(self.device) if self._is_fitting else nullcontext()
+        return kept_random_state(self.device) if loop.is_fitting() else nullcontext()
 
     def _one_batch(self, x: Any, y: Any, sample_weight: Any) -> Any:
         """Arrays as one batch of tensors; any other batch object as it is."""

@@ -174,6 +174,15 @@ class Computation:
         return Outcome([Part(loss.reshape(()), weight)], outputs, targets, None, extra, weight)
 
 
+def total_loss(compiled: Compiled, batch: Any, index: int) -> Tensor:
+    """The compiled loss of a batch: one number, with its gradient; the outputs' losses by their loss_weights."""
+    outcome = Computation(compiled, None)(batch, index)
+    losses = compiled.losses
+    shares = [1.0] if losses is None else [losses.weights[position] for position in losses.active]
+    total = weighted_sum(outcome.parts, shares)
+    return outcome.parts[0].value * 0.0 if total is None else total
+
+
 def _is_batch(batch: Any) -> bool:
     return not isinstance(batch, (tuple, list)) or 1 <= len(batch) <= 3
 
@@ -320,7 +329,11 @@ class Numbers:
 
     def first_bad(self) -> Tensor:
         """The index of the first batch with a loss that is not finite; -1 when there is none."""
-        found = [mean.first_bad() for name, mean in self.tally.means.items() if name.endswith("loss")]
+        losses = self.compiled.losses
+        judged = ["loss"]
+        if losses is not None and losses.names is not None and "loss" not in self.tally.means:
+            judged = [f"{losses.names[position]}_loss" for position in losses.active]
+        found = [self.tally.mean(name).first_bad() for name in judged]
         indices = torch.stack([index.to(torch.int64) for index in found])
         first = torch.where(indices < 0, torch.iinfo(torch.int64).max, indices).min()
         return torch.where((indices < 0).all(), -1, first)
@@ -368,6 +381,7 @@ class TrainStep:
         self._clip = gradient_clip_val
         self._norm_order = norm_order
         self._scaler = compiled.scaler
+        self._may_train_by_hand = user_step is not None
         self._by_hand = False
         self._latest: Any = None
         self.begin_epoch(1, None)
@@ -381,9 +395,10 @@ class TrainStep:
         """
         self._batches_per_step = batches_per_step
         self._length = length
-        self._parameters = trained_parameters(self._compiled)
+        self._held = held_parameters(self._compiled)
         if self._norm_order != -1:
-            self.numbers.norms = GradientNorms(self._compiled.module, self._parameters, self._norm_order)
+            trained = trained_parameters(self._compiled)
+            self.numbers.norms = GradientNorms(self._compiled.module, trained, self._norm_order)
         self._window.discard()
         self.numbers.reset()
 
@@ -397,9 +412,9 @@ class TrainStep:
             is_last: whether it is the last of them.
         """
         # A window starts without gradients; the last one of an epoch may be short.
-        if self._window.is_complete and not self._by_hand:
-            for parameter in self._parameters:
-                parameter.grad = None
+        if self._window.is_complete:
+            if not self._by_hand:
+                self._clear_gradients()
             left = self._batches_per_step if self._length is None else self._length - index
             self._window.open(min(self._batches_per_step, max(left, 1)), parts)
 
@@ -408,22 +423,39 @@ class TrainStep:
             outcome = self._compute(batch, index)
 
         # Backward and, where the window is complete, the optimizer's step.
-        if len(outcome.parts) > 1 or outcome.parts[0].value.requires_grad:
+        if self._has_gradient(outcome):
             loss, seed = self._window.take(outcome.parts)
             if self._window.is_separate:
-                self._window.backward_each(outcome.parts, self._scaler, self._parameters)
+                self._window.backward_each(outcome.parts, self._scaler, self._held)
             elif loss is not None:
                 scaled = loss if self._scaler is None else self._scaler.scale(loss)
                 scaled.backward(seed)
             if is_last:
                 self.end_batch()
-        else:
-            self._by_hand = True  # a step of the user's that has trained by itself
-            self._window.discard()
 
         # Numbers stay on the device.
         self.numbers.add(outcome, index)
         self._latest = batch
+
+    def _has_gradient(self, outcome: Outcome) -> bool:
+        """Whether there is something to go backward from; not after a step of the user's that trained by itself."""
+        had_trained, self._by_hand = self._by_hand, False
+        if any(part.value.requires_grad for part in outcome.parts):
+            if had_trained:
+                self._clear_gradients()
+            return True
+        if not self._may_train_by_hand:
+            raise ValueError(
+                "Expected a loss with a gradient, received one that depends on no trainable parameter. Is the output "
+                "detached, computed under torch.no_grad(), or all of its way frozen?"
+            )
+        self._by_hand = True
+        self._window.discard()
+        return False
+
+    def _clear_gradients(self) -> None:
+        for parameter in self._held:
+            parameter.grad = None
 
     def explain_nonfinite(self) -> str:
         """Where NaN or infinity shows first, by one more forward pass on the latest batch."""
@@ -449,7 +481,7 @@ class TrainStep:
         random_state_before = random_state(self._compiled.device)
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         # At the start of a window gradients are about to be cleared anyway.
-        held = [None if self._window.is_complete else parameter.grad for parameter in self._parameters]
+        held = [None if self._window.is_complete else parameter.grad for parameter in self._held]
         gradients = [None if gradient is None else gradient.clone() for gradient in held]
 
         def put_back() -> None:
@@ -457,7 +489,7 @@ class TrainStep:
             restore_random_state(random_state_before, self._compiled.device)
             for buffer, value in buffers:
                 buffer.copy_(value)
-            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            for parameter, gradient in zip(self._held, gradients, strict=True):
                 parameter.grad = gradient
 
         return put_back
@@ -472,8 +504,7 @@ class TrainStep:
         """Leaves no gradient and no batch behind."""
         self._window.discard()
         self._latest = None
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._clear_gradients()
 
     def _update(self) -> None:
         """One optimizer step: unscale, norm, clip, step."""
@@ -483,16 +514,21 @@ class TrainStep:
             return
         if optimizer is None:
             raise ValueError("Expected a module with something to train, received one without trainable parameters.")
-        window.close(self._parameters)
+        window.close(self._held)
         if scaler is not None:
             scaler.unscale_(optimizer)
         norms = None if self.numbers.norms is None else self.numbers.norms.measure()
         if self._clip:
             total = None if norms is None else self.numbers.norms.clip_total(norms)  # type: ignore[union-attr]
-            clip_gradients(self._parameters, self._clip, total)
-        stepped = _step(optimizer, scaler)
-        if norms is not None and stepped:
-            self.numbers.norms.add(norms)  # type: ignore[union-attr]
+            clip_gradients(self._held, self._clip, total)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        if norms is not None:
+            # A step that the scaler skipped, because a gradient was not finite, is none.
+            self.numbers.norms.add(norms, only_finite=scaler is not None)  # type: ignore[union-attr]
         window.discard()
 
     def epoch_logs(self) -> tuple[dict[str, float], int | None]:
@@ -508,25 +544,17 @@ class TrainStep:
 _FIRST_BAD = " first bad batch"
 
 
-def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
-    """The optimizer's step; False where the scaler skipped it because a gradient was not finite."""
-    if scaler is None:
-        optimizer.step()
-        return True
-    steps = []
-    counting = optimizer.register_step_post_hook(lambda *_: steps.append(True))
-    scaler.step(optimizer)
-    scaler.update()
-    counting.remove()
-    return bool(steps)
+def held_parameters(compiled: Compiled) -> list[nn.Parameter]:
+    """The parameters that the optimizer has, and those of the module that it has not."""
+    groups = [] if compiled.optimizer is None else compiled.optimizer.param_groups
+    held = [*(parameter for group in groups for parameter in group["params"]), *compiled.module.parameters()]
+    return list({id(parameter): parameter for parameter in held}.values())
 
 
 def trained_parameters(compiled: Compiled) -> list[nn.Parameter]:
     """The parameters that the optimizer has and that are not frozen."""
-    if compiled.optimizer is None:
-        return []
-    held = [parameter for group in compiled.optimizer.param_groups for parameter in group["params"]]
-    return [parameter for parameter in held if parameter.requires_grad]
+    groups = [] if compiled.optimizer is None else compiled.optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
 
 @final

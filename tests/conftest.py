@@ -6,6 +6,10 @@ import os
 import random
 from collections.abc import Iterator
 
+# The tensors of tests are tiny: threads would only wait for each other. torch reads this when it is imported, and the
+# processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

@@ -66,7 +66,8 @@ def test_validation_is_every_so_many_epochs_or_after_those_listed(frequency: Any
 
 
 @pytest.mark.parametrize(
-    ("order", "means"), [(-1, -1), (2, 2), (2.0, 2), (0.5, 0.5), ("inf", math.inf), (math.inf, math.inf)]
+    ("order", "means"),
+    [(-1, -1), (2, 2), (2.0, 2), (0.5, 0.5), ("inf", math.inf), (math.inf, math.inf), (np.float32("inf"), math.inf)],
 )
 def test_a_norm_is_off_or_of_an_order(order: Any, means: float) -> None:
     assert TrainingFlags(track_grad_norm=order).track_grad_norm == means

@@ -36,15 +36,18 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
 # Signatures.
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Promised and not there yet; what arrives leaves this set.
+LATER = {"strategy='auto'", "resume_from=None", "save", "load", "plan", "to_script"}
 SIGNATURES = {
-    "__init__": "module, *, device='auto'",
+    "__init__": "module, *, device='auto', strategy='auto'",
     "compile": "optimizer='adam', loss=None, metrics=None, *, learning_rate=None, loss_weights=None, "
     "weighted_metrics=None, precision='32-true', jit_compile=False",
     "fit": "data, y=None, *, batch_size=None, epochs=None, verbose='auto', callbacks=None, validation_split=0.0, "
     "validation_data=None, shuffle=None, class_weight=None, sample_weight=None, initial_epoch=0, steps_per_epoch=None, "
     "validation_steps=None, validation_batch_size=None, validation_freq=1, min_nb_epochs=1, max_nb_epochs=1000, "
     "early_stop_callback=None, enable_early_stop=True, accumulate_grad_batches=1, gradient_clip_val=0, "
-    "track_grad_norm=-1, train_percent_check=1.0, val_percent_check=1.0, overfit_pct=0.0, on_nonfinite='raise'",
+    "track_grad_norm=-1, train_percent_check=1.0, val_percent_check=1.0, overfit_pct=0.0, "
+    "micro_batch_size=None, on_nonfinite='raise', resume_from=None",
     "evaluate": "data, y=None, *, batch_size=None, sample_weight=None, steps=None, verbose='auto', callbacks=None, "
     "return_dict=False",
     "predict": "data, *, batch_size=None, steps=None, verbose='auto', callbacks=None",
@@ -57,7 +60,12 @@ SIGNATURES = {
     "summary": "input_data=None, *, depth=3, print_fn=print",
     "save_weights": "path",
     "load_weights": "path",
+    "save": "path",
+    "load": "path",
+    "plan": "data, y=None, **fit_arguments",
+    "to_script": "path, **fit_arguments",
 }
+STARS = {inspect.Parameter.KEYWORD_ONLY: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 def shown(method: Callable[..., Any]) -> list[str]:
@@ -67,32 +75,32 @@ def shown(method: Callable[..., Any]) -> list[str]:
         text = parameter.name
         if parameter.default is not parameter.empty:
             text += f"={getattr(parameter.default, '__name__', repr(parameter.default))}"
-        shown.append(f"*{text}" if parameter.kind is parameter.KEYWORD_ONLY else text)
+        shown.append(STARS.get(parameter.kind, "") + text)
     return shown
 
 
 def listed(signature: str) -> list[str]:
-    """The same of a text."""
-    positional, _, keywords = f"{signature}, ".partition("*, ")
-    return [text for text in positional.split(", ") if text] + [f"*{text}" for text in keywords.split(", ") if text]
+    """The same of a text, without what is not there yet."""
+    positional, _, keywords = signature.partition("*, ")
+    named = [f"*{text}" for text in keywords.split(", ") if text and text not in LATER]
+    return [text for text in positional.split(", ") if text] + named
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("name", [name for name in SIGNATURES if name not in LATER])
 def test_a_methods_arguments_have_the_promised_names_order_and_defaults(name: str) -> None:
     assert shown(getattr(fitkit.Model, name)) == listed(SIGNATURES[name])
 
 
 def test_no_other_method_is_public() -> None:
     methods = {name for name, value in vars(fitkit.Model).items() if callable(value) and name[0] != "_"}
-    assert methods == set(SIGNATURES) - {"__init__"}
+    assert methods == set(SIGNATURES) - {"__init__"} - LATER
 
 
-def test_arguments_that_are_not_there_yet_are_refused() -> None:
+def test_an_argument_that_is_not_there_yet_is_refused() -> None:
     with pytest.raises(TypeError, match="strategy"):
-        fitkit.Model(nn.Linear(3, 1), strategy="auto")  # type: ignore[call-arg]
-    for name in ("micro_batch_size", "resume_from"):
-        with pytest.raises(TypeError, match=name):
-            compiled().fit(X, Y, epochs=1, **{name: None})  # type: ignore[arg-type]
+        fitkit.Model(nn.Linear(3, 1), strategy="auto")
+    with pytest.raises(TypeError, match="resume_from"):
+        compiled().fit(X, Y, epochs=1, resume_from=None)
 
 
 def test_attributes_are_there_from_the_start() -> None:
@@ -507,7 +515,7 @@ def test_the_overridden_step_of_several_outputs_is_their_weighted_sum() -> None:
 def test_a_step_that_trains_by_itself_is_left_alone() -> None:
     class Adversarial(fitkit.Model):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            losses = alternating(self.module, self.optimizers, batch[0])
+            losses = alternating(self.module, self.optimizers, batch)
             return {"loss": sum(losses).detach(), "generator_loss": losses[0], "discriminator_loss": losses[1]}
 
     model = Adversarial(nn.ModuleDict({"generator": nn.Linear(3, 3), "discriminator": nn.Linear(3, 1)}), device="cpu")

@@ -129,13 +129,14 @@ def as_split_batches(
     if whole is not None:
         first, rest = whole.split(_first_part(whole.samples, validation_split))
         return first, rest if validation_size is None else rest.resized(validation_size)
-    if not _is_dataset(data) or isinstance(data, IterableDataset):
+    samples = known_length(data)
+    if not _is_dataset(data) or isinstance(data, IterableDataset) or samples is None:
         raise ValueError(
-            f"{validation_split=} needs arrays or a map-style Dataset, received {batching.argument}="
-            f"{_kind(data)}. Split the data yourself and pass validation_data=..."
+            f"{validation_split=} needs arrays or a map-style Dataset that tells its length, received "
+            f"{batching.argument}={_kind(data)}. Split the data yourself and pass validation_data=..."
         )
     _refuse_parts(data, y, sample_weight, batching)
-    training, held_out = split_dataset(data, _first_part(len(data), validation_split))
+    training, held_out = split_dataset(data, _first_part(samples, validation_split), samples)
     validating = replace(batching, training=False, shuffle=None, batch_size=validation_size or batching.batch_size)
     return as_batches(training, None, None, batching), as_batches(held_out, None, None, validating)
 

@@ -91,16 +91,18 @@ class ArrayBatches(Batches):
         ]
         self.samples = _common_length(self._rows, [argument for layout in layouts for argument, _ in layout.leaves])
         self._build = _builder(parts, layouts, bare)
+        self.parts = len(parts)
         self.length = -(-self.samples // batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         order = self._order()
-        step = self._batch_size * self._batches_in_chunk()
+        size = min(self._batch_size, self.samples)  # torch takes no integers beyond 64 bits
+        step = size * self._batches_in_chunk(size)
         for start in range(0, self.samples, step):
             stop = min(start + step, self.samples)
             chunks = [rows.cut(start, stop) if order is None else rows.take(order[start:stop]) for rows in self._rows]
             # Batches are pieces of a chunk, but no views to autograd: a module may work in place on its input.
-            cuts = [torch.unsafe_split(chunk, self._batch_size) for chunk in chunks]
+            cuts = [torch.unsafe_split(chunk, size) for chunk in chunks]
             if self._build is None:
                 yield from zip(*cuts, strict=True)
             else:
@@ -116,8 +118,8 @@ class ArrayBatches(Batches):
         generator = torch.Generator().manual_seed(_draw())
         return torch.randperm(self.samples, generator=generator, device="cpu")
 
-    def _batches_in_chunk(self) -> int:
-        batch_bytes = self._batch_size * sum(rows.row_bytes for rows in self._rows)
+    def _batches_in_chunk(self, size: int) -> int:
+        batch_bytes = size * sum(rows.row_bytes for rows in self._rows)
         return max(1, min(BATCHES_PER_CHUNK, BYTES_PER_CHUNK // max(1, batch_bytes)))
 
     def in_order(self) -> ArrayBatches:

@@ -18,10 +18,12 @@ class Batches(abc.ABC):
     Attributes:
         length: batches in one pass; None when the data does not tell.
         again: whether a second pass is possible. A generator gives one.
+        parts: 1 for batches of x, 2 for (x, y), 3 for (x, y, sample_weight); None where only a batch tells.
     """
 
     length: int | None = None
     again: bool = True
+    parts: int | None = None
 
     @abc.abstractmethod
     def __iter__(self) -> Iterator[Any]:

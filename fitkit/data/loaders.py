@@ -94,17 +94,23 @@ def load_dataset(dataset: Dataset[Any], batch_size: int, shuffle: bool, argument
 
     Raises:
         ValueError: it has no samples.
+        TypeError: it is map-style and does not tell its length.
     """
     if isinstance(dataset, IterableDataset):
         return LoaderBatches(DataLoader(dataset, batch_size=batch_size), dtype, cast=True)
-    if len(dataset) == 0:  # type: ignore[arg-type]
+    samples = known_length(dataset)
+    if samples is None:
+        raise TypeError(
+            f"Expected a Dataset that tells its length, received {argument}={type(dataset).__name__}, which has no "
+            "__len__. Give it one, or make it an IterableDataset."
+        )
+    if samples == 0:
         raise ValueError(
             f"Expected at least one sample, received {argument}, a Dataset with 0 samples. Check what made it."
         )
     return LoaderBatches(DataLoader(dataset, batch_size=batch_size, shuffle=shuffle), dtype, cast=True)
 
 
-def split_dataset(dataset: Dataset[Any], first: int) -> tuple[Dataset[Any], Dataset[Any]]:
+def split_dataset(dataset: Dataset[Any], first: int, samples: int) -> tuple[Dataset[Any], Dataset[Any]]:
     """The first samples, and the rest."""
-    length = len(dataset)  # type: ignore[arg-type]
-    return Subset(dataset, range(first)), Subset(dataset, range(first, length))
+    return Subset(dataset, range(first)), Subset(dataset, range(first, samples))

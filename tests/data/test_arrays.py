@@ -209,6 +209,19 @@ def test_an_array_larger_than_a_chunk_is_taken_batch_by_batch(monkeypatch: pytes
     assert all(map(torch.equal, one, other))
 
 
+def test_a_batch_size_beyond_the_data_gives_one_batch() -> None:
+    for size in (10, 11, 2**40, 10**30):
+        ((x, _),) = arrays(numbers(10), numbers(10), batch_size=size)
+        assert torch.equal(x, numbers(10))
+
+
+def test_the_parts_of_a_batch_are_known_beforehand() -> None:
+    x = numbers(4)
+    assert [arrays(*(x,) * count).parts for count in (1, 2, 3)] == [1, 2, 3]
+    assert arrays([x, x], x).parts == 2
+    assert arrays(x, x).in_order().parts == 2
+
+
 def test_no_dataset_and_no_sample_by_sample_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("Samples were asked for one by one.")

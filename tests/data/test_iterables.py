@@ -159,7 +159,7 @@ def test_numpy_batches_are_not_changed_by_a_module_that_works_in_place() -> None
             r"train_percent_check=0\.5 is a fraction .*Pass steps_per_epoch=\.\.\.",
         ),
         (generator(), {"overfit_pct": 0.5}, r"overfit_pct=0\.5 is a fraction of data .*Pass steps_per_epoch"),
-        (Stream(), {"validation_split": 0.5}, r"validation_split=0\.5 needs arrays or a map-style Dataset, received"),
+        (Stream(), {"validation_split": 0.5}, r"validation_split=0\.5 needs arrays or a map-style Dataset that tells"),
         (PAIRS, {"batch_size": 4}, r"batch_size=4 goes with arrays and Datasets, .*Set the batch size where you make"),
         (PAIRS, {"shuffle": True}, r"shuffle=True goes with arrays and map-style Datasets, .*Leave shuffle out"),
         (generator(), {"y": PAIRS[0][1]}, r"y=\.\.\. goes with arrays, received data=generator, which"),

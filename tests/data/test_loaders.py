@@ -294,6 +294,22 @@ def test_workers_end_with_the_run(dataset: Any, end: Any) -> None:
     assert (error is not None) == (end is end_by_error)
 
 
+class Unmeasured(Dataset[Any]):
+    """Samples by index; nobody knows how many."""
+
+    def __getitem__(self, index: int) -> Any:
+        return NUMBERS[index : index + 1]
+
+
+def test_a_dataset_without_a_length_is_told_what_it_lacks() -> None:
+    with pytest.raises(
+        TypeError, match=r"received data=Unmeasured, which has no __len__\. Give it one, or make it an It"
+    ):
+        trained_on(Unmeasured())
+    with pytest.raises(ValueError, match=r"a map-style Dataset that tells its length, received data=Unmeasured"):
+        trained_on(Unmeasured(), validation_split=0.5)
+
+
 @pytest.mark.parametrize(
     ("data", "arguments", "message"),
     [
