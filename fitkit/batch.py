@@ -67,6 +67,19 @@ def _rows(value: Any, samples: int, start: int, stop: int) -> Any:
     return value
 
 
+def copied(batch: Any) -> Any:
+    """The batch with copies of its tensors."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, Mapping):
+        return {key: copied(item) for key, item in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(copied, batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map(copied, batch))
+    return batch
+
+
 def call(module: Callable[..., Any], x: Any) -> Any:
     """The module's output: ``module(x)``, ``module(*x)`` for a tuple or list, ``module(**x)`` for a mapping."""
     if isinstance(x, Tensor):

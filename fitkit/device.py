@@ -26,16 +26,17 @@ def resolve_device(device: Any) -> torch.device:
     Raises:
         ValueError: device is no device of this machine's torch.
     """
-    if isinstance(device, torch.device):
-        return device
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+        return found
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f'Expected "auto", a name such as "cpu" or "cuda:0", or a torch.device, received device={show(device)}.'
+            f'Expected "auto", a name such as "cpu" or "cuda:0", or a torch.device that this torch can use, received '
+            f"device={show(device)}: {error}"
         ) from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,23 +61,34 @@ def unknown_name(argument: str, value: str, known: Iterable[str]) -> ValueError:
 
 def check_integer(argument: str, value: Any, *, least: int) -> int:
     """Returns value as an int; True, 2.0 and NaN are not integers where a count is meant."""
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or isinstance(value, torch.Tensor):
-        raise TypeError(f"Expected an integer of at least {least}, received {argument}={show(value)}.")
-    number = int(value.__index__())
+    refused = TypeError(f"Expected an integer of at least {least}, received {argument}={show(value)}.")
+    if isinstance(value, (bool, torch.Tensor)):
+        raise refused
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise refused from None
     if number < least:
         raise ValueError(f"Expected an integer of at least {least}, received {argument}={number}.")
     return number
 
 
-def check_number(argument: str, value: Any, *, least: float = -math.inf, most: float = math.inf) -> float:
-    """Returns value as a float; refuses what is no real number, NaN, infinities and what is out of range."""
-    if isinstance(value, bool) or not hasattr(type(value), "__float__") or isinstance(value, str):
-        raise TypeError(f"Expected a number, received {argument}={show(value)}.")
-    number = float(value)
-    if not math.isfinite(number) or number < least or number > most:
+def check_number(
+    argument: str, value: Any, *, least: float = -math.inf, most: float = math.inf, finite: bool = True
+) -> float:
+    """Returns value as a float; refuses what is no number, out of range or, with ``finite``, NaN and infinity."""
+    refused = TypeError(f"Expected a number, received {argument}={show(value)}.")
+    if isinstance(value, (bool, str, torch.Tensor)):
+        raise refused
+    try:
+        number = float(value)
+    except TypeError:
+        raise refused from None
+    if (finite and not math.isfinite(number)) or number < least or number > most:
         bounds = f"from {least:g} to {most:g}" if math.isfinite(most) else f"of at least {least:g}"
         bounds = "that is finite" if least == -math.inf and most == math.inf else bounds
-        raise ValueError(f"Expected a number {bounds}, received {argument}={value!r}.")
+        finite = " It must be finite." if number == math.inf else ""
+        raise ValueError(f"Expected a number {bounds}, received {argument}={value!r}.{finite}")
     return number
 
 

@@ -125,18 +125,23 @@ class Loss:
 
         Args:
             output: what the module gave, batch first.
-            target: what it should have given.
+            target: what it should have given, as `fit_target` returned it.
             size: samples in the batch.
             sample_weight: ``(N,)`` or the shape of the item losses; multiplies these and leaves the denominator.
             host_target: target before it went to the device, so that counting it asks the device nothing.
         """
-        if self.built_in is not None:
-            output, target = self._fitted(output, target)
-            weight = self._weight(output, target, size, host_target)
+        if self.built_in is None:
+            return self._custom(output, target, size, sample_weight)
+        weight = self._weight(output, target, size, host_target)
+        try:
             if sample_weight is None:
                 return Part(self.call(output, target), weight)
             return Part(self._weighted(output, target, sample_weight, weight), weight)
-        return self._custom(output, target, size, sample_weight)
+        except IndexError as error:  # torch's "Target 5 is out of bounds."
+            raise ValueError(
+                f"Expected class indices below {output.shape[1]}, the outputs for {self.argument}="
+                f"{self.built_in.function.__name__!r}, received another one: {error}"
+            ) from error
 
     def _custom(self, output: Any, target: Any, size: int, sample_weight: Tensor | None) -> Part:
         if sample_weight is not None:
@@ -174,8 +179,15 @@ class Loss:
             return items.sum() / weight.to(items.dtype).clamp(min=torch.finfo(items.dtype).tiny)
         return items.sum() / (weight or 1.0)
 
-    def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.built_in is not None
+    def fit_target(self, output: Any, target: Any) -> Any:
+        """The target as the loss needs it beside that output; a callable of the user's is given it as it is.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit; shapes that torch would broadcast are among them.
+            TypeError: no tensors, where the loss is one of torch's.
+        """
+        if self.built_in is None:
+            return target
         if not isinstance(output, Tensor) or not isinstance(target, Tensor):
             raise TypeError(
                 "Expected one output tensor and one target tensor for "
@@ -184,10 +196,10 @@ class Loss:
                 "without targets override training_step."
             )
         if self.meaning.classes:
-            return output, fit_classes(output, target, self.built_in.function.__name__)
+            return fit_classes(output, target, self.built_in.function.__name__)
         if self.built_in.function is F.multilabel_margin_loss:
-            return output, target
-        return output, fit_elements(output, target, self.built_in.function.__name__)
+            return target
+        return fit_elements(output, target, self.built_in.function.__name__)
 
     def _weight(self, output: Tensor, target: Tensor, size: int, host_target: Any) -> Weight:
         assert self.built_in is not None

@@ -79,7 +79,8 @@ class FittingParts:
         """Takes the part to the step; where memory runs out, puts everything back and halves the size."""
         put_back = self._step.keep()
         try:
-            self._step(part, index, parts=parts, is_last=False)
+            # A module may work in place on what it is given, so it is given a copy.
+            self._step(batches_of.copied(part), index, parts=parts, is_last=False)
             return True
         except torch.OutOfMemoryError as error:
             x, y, _ = batches_of.unpack(part)

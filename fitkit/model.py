@@ -154,7 +154,8 @@ class Model:
         compiled = self._require_compiled()
         names = [] if compiled.losses is None or compiled.losses.names is None else compiled.losses.names
         active = [] if compiled.losses is None else compiled.losses.active
-        per_output = [f"{names[position]}_loss" for position in active] if names else []
+        own_step = self._overridden("validation_step") is not None
+        per_output = [f"{names[position]}_loss" for position in active] if names and not own_step else []
         return ["loss", *per_output, *compiled.metrics.names]
 
     def fit(
@@ -274,8 +275,11 @@ class Model:
         level = resolve_verbose(verbose)
         validation_plan = _validation_plan(held_out, flags, validation_batch_size)
         chosen = self._callbacks(callbacks, early_stop_callback, flags, validates=held_out is not None)
-        self._check_monitors(chosen, flags, validates=held_out is not None)
+        measured = held_out is not None and any(map(flags.validates, range(flags.initial_epoch, flags.last_epoch)))
+        self._check_monitors(chosen, flags, validates=measured)
         self._check_steps(validates=held_out is not None)
+        self._check_parts(training, "data", class_weight)
+        self._check_parts(held_out, "validation_data")
 
         params = {
             "epochs": flags.last_epoch,
@@ -330,6 +334,7 @@ class Model:
         check_flag("return_dict", return_dict)
         self._check_steps(validates=True)
         batches = as_batches(data, y, sample_weight, self._batching(batch_size, None, training=False))
+        self._check_parts(batches, "data")
         plan = _plan(batches, steps)
         hooks = self._listeners(callbacks, verbose, plan)
         with self._undisturbed(), loop.reported_errors(hooks):
@@ -533,7 +538,7 @@ class Model:
 
     def _require_compiled(self) -> Compiled:
         if self._compiled is None:
-            raise RuntimeError("Expected a compiled model. Call model.compile(optimizer=..., loss=...) first.")
+            raise ValueError("Expected a compiled model. Call model.compile(optimizer=..., loss=...) first.")
         return self._compiled
 
     def _for_prediction(self) -> Compiled:
@@ -557,6 +562,21 @@ class Model:
             raise ValueError(
                 "Expected a loss for validation, since training_step is overridden and compile was given loss=None. "
                 "Override validation_step as well, or pass compile(loss=...)."
+            )
+
+    def _check_parts(self, batches: Batches | None, argument: str, class_weight: Any = None) -> None:
+        """Refuses what the data's parts (x, y, sample_weight) tell before the first batch."""
+        if batches is None or batches.parts is None:
+            return
+        if batches.parts == 3 and class_weight is not None:
+            raise ValueError(
+                "class_weight=... and sample_weight=... exclude each other. Multiply them into one of them."
+            )
+        step = "training_step" if argument == "data" else "validation_step"
+        if batches.parts == 1 and self._require_compiled().losses is not None and self._overridden(step) is None:
+            raise ValueError(
+                f"Expected targets since compile was given a loss, received {argument} of x alone. Pass y, or "
+                f"compile(loss=None) for a module that returns its loss, or override {step}."
             )
 
     def _batching(self, batch_size: int | None, shuffle: bool | None, *, training: bool) -> Batching:
@@ -594,6 +614,10 @@ class Model:
             )
             for key, value in class_weight.items()
         }
+        if compiled.losses.meanings[0].scale == "values":
+            raise ValueError(
+                "class_weight=... needs a loss over classes, received one over values. Pass sample_weight."
+            )
         return ClassWeight(weights, self.device)
 
     def _callbacks(
@@ -693,7 +717,8 @@ def _validation_plan(batches: Batches | None, flags: TrainingFlags, batch_size: 
         batches = batches.in_order()
     limit = _limit(batches, flags.validation_steps, fraction, name, "validation_steps")
     plan = EpochPlan(batches, limit, "validation_data", "validation_steps")
-    plan.check_epochs(sum(flags.validates(epoch) for epoch in range(flags.initial_epoch, flags.last_epoch)))
+    if not batches.again:
+        plan.check_epochs(sum(map(flags.validates, range(flags.initial_epoch, flags.last_epoch))))
     return plan
 
 

@@ -17,6 +17,7 @@ from fitkit import batch as batches_of
 from fitkit._types import OutputMeaning, Precision
 from fitkit.device import autocast, move, random_state, restore_random_state, sum_dtype
 from fitkit.diagnosis import explain_nonfinite
+from fitkit.errors import check_number
 from fitkit.gradients import GradientNorms, clip_gradients
 from fitkit.logs import BatchLogs, Tally, read
 from fitkit.losses import OutputLosses, Part, show_structure
@@ -113,8 +114,9 @@ class Computation:
             loss = losses.losses[0]
             assert loss is not None  # a single loss is never None
             target_on_host = batches_of.unpack(on_host)[1] if self._moves else y
-            part = loss(output, y, size, sample_weight, target_on_host)
-            return Outcome([part], [output], [y], None if sample_weight is None else [sample_weight], {}, size)
+            target = loss.fit_target(output, y)
+            part = loss(output, target, size, sample_weight, target_on_host)
+            return Outcome([part], [output], [target], None if sample_weight is None else [sample_weight], {}, size)
         return self._several(losses, output, y, sample_weight, size, on_host)
 
     def _several(
@@ -131,6 +133,7 @@ class Computation:
             loss = losses.losses[position]
             assert loss is not None  # active ones are not
             count = batches_of.count_samples(outputs[position], targets[position])
+            targets[position] = loss.fit_target(outputs[position], targets[position])
             parts.append(
                 loss(outputs[position], targets[position], count, weights[position], on_host_targets[position])
             )
@@ -162,12 +165,17 @@ class Computation:
         weight = extra.pop("weight", None)
         if weight is None:
             weight = batches_of.count_samples(*batches_of.unpack(batch)[:2] if _is_batch(batch) else (batch, None))
-        weight = weight.detach() if isinstance(weight, Tensor) else float(weight)
+        if isinstance(weight, Tensor) and weight.numel() == 1:
+            weight = weight.detach().reshape(())
+        else:
+            weight = check_number("weight returned by the step", weight, least=0.0)
         outputs, targets = (
             ([extra.pop("output")], [extra.pop("target")]) if {"output", "target"} <= set(extra) else ([], [])
         )
         for name, value in extra.items():
-            if isinstance(value, Tensor) and value.numel() != 1:
+            if not isinstance(value, Tensor):
+                check_number(f"the step's {name!r}", value, finite=False)
+            elif value.numel() != 1:
                 raise ValueError(
                     f"Expected the step's {name!r} to be one number, received {show_structure(value)}. Reduce it."
                 )
@@ -227,6 +235,9 @@ class Numbers:
     """The running numbers of one run: losses, metrics and what the user's step returned.
 
     Attributes:
+        compiled: what `Model.compile` made.
+        several: the losses where each output has its own; None for one loss, also that of a user's step.
+        adds_up: whether the one loss is a sum over samples.
         tally: running means.
         metrics: running metrics.
         last: the latest batch's loss.
@@ -234,16 +245,24 @@ class Numbers:
     """
 
     compiled: Compiled
+    several: OutputLosses | None
+    adds_up: bool
     tally: Tally
     metrics: RunningMetrics
     last: Tensor | None = None
     norms: GradientNorms | None = None
 
     @classmethod
-    def start(cls, compiled: Compiled) -> Numbers:
+    def start(cls, compiled: Compiled, user_step: UserStep | None) -> Numbers:
         """Empty numbers for a new run; they share nothing with those of any other run."""
-        meanings = [OutputMeaning()] if compiled.losses is None else compiled.losses.meanings
-        return cls(compiled, Tally(compiled.device), compiled.metrics.start(meanings, compiled.device))
+        losses = compiled.losses
+        meanings = [OutputMeaning()] if losses is None else losses.meanings
+        several = None if losses is None or losses.names is None or user_step is not None else losses
+        single = None if losses is None or user_step is not None else losses.losses[0]
+        adds_up = single is not None and single.adds_up
+        return cls(
+            compiled, several, adds_up, Tally(compiled.device), compiled.metrics.start(meanings, compiled.device)
+        )
 
     def reset(self) -> None:
         """Starts an epoch."""
@@ -255,14 +274,12 @@ class Numbers:
 
     def add(self, outcome: Outcome, index: int) -> None:
         """Takes one batch in, or a part of it; index is the batch's."""
-        losses = self.compiled.losses
-        if losses is None or losses.keys is None:
+        if self.several is None:
             part = outcome.parts[0]
-            adds_up = losses is not None and losses.losses[0] is not None and losses.losses[0].adds_up
             self.last = part.value.detach()
-            self.tally.mean("loss", adds_up=adds_up).add(self.last, part.weight, index)
+            self.tally.mean("loss", adds_up=self.adds_up).add(self.last, part.weight, index)
         else:
-            self._add_several(losses, outcome, index)
+            self._add_several(self.several, outcome, index)
         if outcome.extra:
             for name, value in outcome.extra.items():
                 number = value.detach().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
@@ -296,7 +313,7 @@ class Numbers:
 
     def loss(self, means: Mapping[str, Tensor]) -> Tensor:
         """The total loss: the mean, or the weighted sum of the outputs' means."""
-        losses = self.compiled.losses
+        losses = self.several
         if losses is None or losses.names is None:
             return means["loss"]
         total = torch.zeros((), device=self.compiled.device)
@@ -329,10 +346,9 @@ class Numbers:
 
     def first_bad(self) -> Tensor:
         """The index of the first batch with a loss that is not finite; -1 when there is none."""
-        losses = self.compiled.losses
         judged = ["loss"]
-        if losses is not None and losses.names is not None and "loss" not in self.tally.means:
-            judged = [f"{losses.names[position]}_loss" for position in losses.active]
+        if self.several is not None and self.several.names is not None:
+            judged = [f"{self.several.names[position]}_loss" for position in self.several.active]
         found = [self.tally.mean(name).first_bad() for name in judged]
         indices = torch.stack([index.to(torch.int64) for index in found])
         first = torch.where(indices < 0, torch.iinfo(torch.int64).max, indices).min()
@@ -371,7 +387,7 @@ class TrainStep:
     ) -> None:
         if compiled.optimizer is None and user_step is None:
             raise ValueError("Expected a module with trainable parameters, received one that has none to train.")
-        self.numbers = Numbers.start(compiled)
+        self.numbers = Numbers.start(compiled, user_step)
         self.logs = BatchLogs(self.numbers)
         self.device = compiled.device
         self._compute = Computation(compiled, user_step, class_weight)
@@ -569,7 +585,7 @@ class TestStep:
     __test__ = False  # not a test for pytest
 
     def __init__(self, compiled: Compiled, user_step: UserStep | None = None) -> None:
-        self.numbers = Numbers.start(compiled)
+        self.numbers = Numbers.start(compiled, user_step)
         self.logs = BatchLogs(self.numbers)
         self._compute = Computation(compiled, user_step)
         self._autocast = autocast(compiled.precision, compiled.device)

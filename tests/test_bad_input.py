@@ -383,7 +383,7 @@ SHAPES: list[tuple[Any, nn.Module, Any, str]] = [
     ("bce_with_logits", Net(3), Y, r"Expected output and target of the same shape for binary_cross_entropy_with_logi"),
     ("cross_entropy", Net(3), Y, r"Expected class indices of shape .*target of shape \(10, 1\) and torch\.float32"),
     ("cross_entropy", Net(3), Y[:, 0], r"Expected class indices .*Convert class labels with \.long\(\)"),
-    ("mse", Net(), None, r"Expected batches of \(x, y\) since compile was given a loss; received batches of x alone"),
+    ("mse", Net(), None, "Expected targets since compile was given a loss, received data of x alone"),
     (["mse", "mse"], Net(), [Y, Y], r"Expected the module's output to have 2 parts since loss has 2, received"),
     (
         None,

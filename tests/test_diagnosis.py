@@ -24,7 +24,10 @@ def _fit(module: nn.Module, x: Tensor = X, learning_rate: float = 0.01, epochs: 
 
 def test_the_first_module_whose_output_is_not_finite_is_named() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), LogOfMinusOne(), nn.Linear(4, 1))
-    with pytest.raises(fitkit.NonFiniteLossError, match=r"epoch 1 .*batch 1 .*output on the last batch is not finite is '2' \(LogOfMinusOne\)"):
+    with pytest.raises(
+        fitkit.NonFiniteLossError,
+        match=r"epoch 1 .*batch 1 .*output on the last batch is not finite is '2' \(LogOfMinusOne\)",
+    ):
         _fit(module)
 
 
@@ -36,7 +39,9 @@ def test_a_batch_that_holds_nan_is_named() -> None:
 
 
 def test_a_learning_rate_that_is_too_large_is_seen_in_the_parameters() -> None:
-    with pytest.raises(fitkit.NonFiniteLossError, match="parameters are not finite by now, the first being 'weight'") as caught:
+    with pytest.raises(
+        fitkit.NonFiniteLossError, match="parameters are not finite by now, the first being 'weight'"
+    ) as caught:
         _fit(nn.Linear(3, 1), learning_rate=1e30, epochs=2)
     assert (caught.value.epoch, caught.value.batch) == (0, 1)
 

@@ -1,8 +1,11 @@
-"""What README.md and docs/ show runs as it stands, and the commands they name exist."""
+"""What README.md and docs/ show runs and prints what they say, their links lead somewhere, their commands exist."""
 
 from __future__ import annotations
 
 import configparser
+import contextlib
+import doctest
+import io
 import re
 import sys
 import types
@@ -16,10 +19,15 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 TEST_COMMAND = "pip install tox && tox"
 
-# A fenced block, and before it the comment that says which error it ends in: <!-- raises ValueError -->
+# A fenced block; before it the comment that says which error it ends in, <!-- raises ValueError -->; and after it
+# the block of text that it prints, the error last. In this text "..." stands for anything.
 BLOCK = re.compile(
-    r"^(?:<!-- raises (?P<error>\w+) -->\s*\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```\s*$", re.M | re.S
+    r"^(?:<!-- raises (?P<error>\w+) -->\s*\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```[ \t]*$"
+    r"(?:\s*^```text\n(?P<output>.*?)^```[ \t]*$)?",
+    re.M | re.S,
 )
+LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]*))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.M)
 
 
 @dataclass(frozen=True)
@@ -28,12 +36,13 @@ class Block:
     code: str
     line: int
     error: str | None
+    output: str | None
 
 
 def blocks(text: str) -> Iterator[Block]:
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("code"))
-        yield Block(match["language"], match["code"], line, match["error"])
+        yield Block(match["language"], match["code"], line, match["error"], match["output"])
 
 
 def section(title: str) -> str:
@@ -59,23 +68,46 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, obje
     return vars(module)
 
 
-def ends_as_marked(block: Block, path: Path, namespace: dict[str, object]) -> bool:
+def run(block: Block, path: Path, namespace: dict[str, object]) -> str:
+    """What the block prints, and after it the error in which it is marked to end."""
     # The blank lines make a traceback show the document's own line.
     code = compile("\n" * block.line + block.code, str(path), "exec")
-    try:
-        exec(code, namespace)
-    except Exception as error:
-        if block.error in {kind.__name__ for kind in type(error).__mro__}:
-            return True
-        raise
-    return block.error is None
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(code, namespace)
+        except Exception as error:
+            if block.error not in {kind.__name__ for kind in type(error).__mro__}:
+                raise
+            return f"{printed.getvalue()}{type(error).__name__}: {error}\n"
+    assert block.error is None, f"no {block.error} in the block at line {block.line}"
+    return printed.getvalue()
+
+
+def says(output: str, printed: str) -> bool:
+    return doctest.OutputChecker().check_output(output, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+
+
+def anchors(path: Path) -> set[str]:
+    """The fragments by which a document's headings can be linked to."""
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in HEADING.findall(text)}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_python_in_documents_runs(path: Path, namespace: dict[str, object]) -> None:
+def test_python_in_documents_runs_and_prints_what_they_say(path: Path, namespace: dict[str, object]) -> None:
     for block in blocks(path.read_text(encoding="utf-8")):
         if block.language == "python":
-            assert ends_as_marked(block, path, namespace), f"no {block.error} in the block at line {block.line}"
+            printed = run(block, path, namespace)
+            assert block.output is None or says(block.output, printed), f"line {block.line} prints:\n{printed}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    for link in LINK.finditer(BLOCK.sub("", path.read_text(encoding="utf-8"))):
+        target = path.parent / link["path"] if link["path"] else path
+        assert target.exists(), f"no file for {link[0]}"
+        assert link["anchor"] is None or link["anchor"] in anchors(target), f"no heading for {link[0]}"
 
 
 @pytest.mark.parametrize("title", ["Quickstart", "Tests"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fitkit.losses import BUILT_IN, Loss, OutputLosses, known_losses
+from fitkit.losses import BUILT_IN, Loss, OutputLosses, Part, known_losses
 
 CLASSES = (torch.randn(5, 3), torch.tensor([0, 2, -100, 1, 2]))
 PAIRS: dict[Any, tuple[Tensor, Tensor]] = {
@@ -27,11 +27,17 @@ PAIRS: dict[Any, tuple[Tensor, Tensor]] = {
 }
 
 
+def judge(loss: Any, output: Tensor, target: Tensor, size: int, *weight: Tensor) -> Part:
+    """The loss of a batch as a step takes it."""
+    made = Loss(loss)
+    return made(output, made.fit_target(output, target), size, *weight)
+
+
 @pytest.mark.filterwarnings("ignore:reduction:UserWarning")
 @pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.__name__)
 def test_every_built_in_loss_is_torchs_own_value(kind: Any) -> None:
     output, target = PAIRS.get(kind, (torch.randn(5, 3), torch.randn(5, 3)))
-    part = Loss(BUILT_IN[kind].function.__name__)(output, target, len(output))
+    part = judge(BUILT_IN[kind].function.__name__, output, target, len(output))
     assert torch.equal(part.value, BUILT_IN[kind].function(output, target))
 
 
@@ -39,7 +45,7 @@ def test_every_built_in_loss_is_torchs_own_value(kind: Any) -> None:
 @pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.__name__)
 def test_value_times_weight_is_the_sum_of_the_items(kind: Any) -> None:
     output, target = PAIRS.get(kind, (torch.randn(5, 3), torch.randn(5, 3)))
-    value, weight = Loss(kind())(output, target, len(output))
+    value, weight = judge(kind(), output, target, len(output))
     summed = BUILT_IN[kind].function(output, target, reduction="none").sum()
     torch.testing.assert_close(value * weight, summed)
 
@@ -49,11 +55,11 @@ def test_value_times_weight_is_the_sum_of_the_items(kind: Any) -> None:
 def test_sample_weights_multiply_items_and_leave_the_denominator(kind: Any) -> None:
     output, target = PAIRS.get(kind, (torch.randn(5, 3), torch.randn(5, 3)))
     sample_weight = torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0])
-    value, weight = Loss(kind())(output, target, len(output), sample_weight)
+    value, weight = judge(kind(), output, target, len(output), sample_weight)
     items = BUILT_IN[kind].function(output, target, reduction="none")
     weighted = items * sample_weight.reshape(-1, *(1 for _ in items.shape[1:]))
     torch.testing.assert_close(value * weight, weighted.sum())
-    assert weight == Loss(kind())(output, target, len(output)).weight
+    assert weight == judge(kind(), output, target, len(output)).weight
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def test_sample_weights_multiply_items_and_leave_the_denominator(kind: Any) -> N
 )
 def test_short_names_mean_torchs_functions(short: str, function: Any) -> None:
     output, target = torch.rand(5, 3), torch.rand(5, 3).round()
-    assert torch.equal(Loss(short)(output, target, 5).value, function(output, target))
+    assert torch.equal(judge(short, output, target, 5).value, function(output, target))
 
 
 def test_names_go_with_and_without_loss() -> None:
@@ -92,14 +98,14 @@ def test_a_number_is_no_loss() -> None:
 
 
 def test_torchs_functions_are_known_as_their_names_are() -> None:
-    assert Loss(F.cross_entropy)(*CLASSES, 5).weight == 4
+    assert judge(F.cross_entropy, *CLASSES, 5).weight == 4
 
 
 @pytest.mark.parametrize("shapes", [((5, 1), (5,)), ((5,), (5, 1))])
 def test_a_column_against_a_vector_is_squeezed(shapes: Any) -> None:
     output, target = torch.randn(shapes[0]), torch.randn(shapes[1])
     expected = F.mse_loss(output.flatten(), target.flatten())
-    torch.testing.assert_close(Loss("mse")(output, target, 5).value, expected)
+    torch.testing.assert_close(judge("mse", output, target, 5).value, expected)
 
 
 @pytest.mark.parametrize(
@@ -107,34 +113,34 @@ def test_a_column_against_a_vector_is_squeezed(shapes: Any) -> None:
 )
 def test_any_other_broadcast_is_refused(shapes: Any) -> None:
     with pytest.raises(ValueError, match=r"same shape for mse_loss, received output of shape .* and target of shape"):
-        Loss("mse")(torch.randn(shapes[0]), torch.randn(shapes[1]), shapes[0][0])
+        judge("mse", torch.randn(shapes[0]), torch.randn(shapes[1]), shapes[0][0])
 
 
 def test_integer_targets_fit_an_elementwise_loss() -> None:
     output = torch.randn(4, 1)
-    part = Loss("bce_with_logits")(output, torch.tensor([0, 1, 1, 0]), 4)
+    part = judge("bce_with_logits", output, torch.tensor([0, 1, 1, 0]), 4)
     assert torch.equal(
         part.value, F.binary_cross_entropy_with_logits(output, torch.tensor([[0.0], [1.0], [1.0], [0.0]]))
     )
 
 
 def test_small_integers_and_columns_name_classes() -> None:
-    part = Loss("cross_entropy")(CLASSES[0], CLASSES[1].to(torch.int16)[:, None], 5)
+    part = judge("cross_entropy", CLASSES[0], CLASSES[1].to(torch.int16)[:, None], 5)
     assert torch.equal(part.value, F.cross_entropy(*CLASSES))
 
 
 def test_float_class_labels_are_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"class indices .* torch.float32. Convert class labels with .long\(\)"):
-        Loss("cross_entropy")(CLASSES[0], torch.zeros(5), 5)
+        judge("cross_entropy", CLASSES[0], torch.zeros(5), 5)
 
 
 def test_a_batch_of_ignored_targets_weighs_nothing() -> None:
-    assert Loss("cross_entropy")(CLASSES[0], torch.full((5,), -100), 5).weight == 0
+    assert judge("cross_entropy", CLASSES[0], torch.full((5,), -100), 5).weight == 0
 
 
 def test_class_weights_of_the_loss_are_its_denominator() -> None:
     class_weights = torch.tensor([1.0, 2.0, 4.0])
-    assert Loss(nn.CrossEntropyLoss(class_weights))(*CLASSES, 5).weight == 1 + 4 + 2 + 4
+    assert judge(nn.CrossEntropyLoss(class_weights), *CLASSES, 5).weight == 1 + 4 + 2 + 4
 
 
 def test_a_sum_reports_per_sample_and_does_not_average() -> None:
@@ -147,48 +153,48 @@ def test_a_sum_reports_per_sample_and_does_not_average() -> None:
 def test_no_reduction_of_torchs_loss_is_its_mean() -> None:
     output, target = CLASSES
     assert torch.equal(
-        Loss(nn.CrossEntropyLoss(reduction="none"))(output, target, 5).value, F.cross_entropy(output, target)
+        judge(nn.CrossEntropyLoss(reduction="none"), output, target, 5).value, F.cross_entropy(output, target)
     )
 
 
 def test_a_callable_that_gives_a_number_is_weighted_by_samples() -> None:
     assert (
-        Loss(lambda output, target: (output - target).abs().max())(torch.zeros(5, 2), torch.ones(5, 2), 5).weight == 5
+        judge(lambda output, target: (output - target).abs().max(), torch.zeros(5, 2), torch.ones(5, 2), 5).weight == 5
     )
 
 
 def test_a_callable_may_bring_its_own_weight() -> None:
-    part = Loss(lambda output, target: (output.mean(), 7))(torch.zeros(5, 2), torch.ones(5, 2), 5)
+    part = judge(lambda output, target: (output.mean(), 7), torch.zeros(5, 2), torch.ones(5, 2), 5)
     assert part.weight == 7
 
 
 @pytest.mark.parametrize("returned", [(torch.zeros(()), 1, 2), (torch.zeros(3), 1), 3.0, None])
 def test_a_callable_that_returns_something_else_is_an_error(returned: Any) -> None:
     with pytest.raises(TypeError, match=r"Expected loss\(output, target\) to return"):
-        Loss(lambda output, target: returned)(torch.zeros(5, 2), torch.ones(5, 2), 5)
+        judge(lambda output, target: returned, torch.zeros(5, 2), torch.ones(5, 2), 5)
 
 
 def test_a_negative_weight_is_an_error() -> None:
     with pytest.raises(ValueError, match="weight returned by loss=-1"):
-        Loss(lambda output, target: (output.mean(), -1))(torch.zeros(5, 2), torch.ones(5, 2), 5)
+        judge(lambda output, target: (output.mean(), -1), torch.zeros(5, 2), torch.ones(5, 2), 5)
 
 
 def test_a_loss_of_one_number_cannot_take_sample_weights() -> None:
     with pytest.raises(ValueError, match="one value per sample"):
-        Loss(lambda output, target: output.mean())(torch.zeros(5, 2), torch.ones(5, 2), 5, torch.ones(5))
+        judge(lambda output, target: output.mean(), torch.zeros(5, 2), torch.ones(5, 2), 5, torch.ones(5))
 
 
 def test_a_callable_with_a_reduction_takes_sample_weights() -> None:
     def half_square(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         return F.mse_loss(output, target, reduction=reduction) / 2
 
-    part = Loss(half_square)(torch.zeros(2, 3), torch.ones(2, 3), 2, torch.tensor([1.0, 3.0]))
+    part = judge(half_square, torch.zeros(2, 3), torch.ones(2, 3), 2, torch.tensor([1.0, 3.0]))
     assert float(part.value) == 1.0
 
 
 def test_a_weight_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sample_weight of shape \(5,\) or .* received sample_weight of shape \(4,\)"):
-        Loss("mse")(torch.zeros(5, 2), torch.ones(5, 2), 5, torch.ones(4))
+        judge("mse", torch.zeros(5, 2), torch.ones(5, 2), 5, torch.ones(4))
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_the_users() -> None:
@@ -196,7 +202,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_the_users() -> None:
         def forward(self, output: Tensor, target: Tensor) -> Tensor:
             return 2 * super().forward(output, target)
 
-    part = Loss(Doubled())(torch.zeros(5, 2), torch.ones(5, 2), 5)
+    part = judge(Doubled(), torch.zeros(5, 2), torch.ones(5, 2), 5)
     assert (float(part.value), part.weight) == (2.0, 5)
 
 

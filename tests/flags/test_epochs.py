@@ -12,6 +12,7 @@ from torch import nn
 
 import fitkit
 from fitkit.callbacks import EarlyStopping, LambdaCallback
+from fitkit.flags import TrainingFlags
 
 X, Y = torch.ones(8, 1), torch.ones(8, 1)
 
@@ -156,6 +157,19 @@ def test_what_is_no_integer_is_refused(name: str, value: Any) -> None:
 def test_too_few_are_refused(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"Expected an integer of at least [01], received {name}={value}"):
         epochs_of(**{name: value})
+
+
+def test_a_limit_that_is_never_reached_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def validates(flags: TrainingFlags, epoch: int) -> bool:
+        asked.append(epoch)
+        assert len(asked) < 100
+        return True
+
+    monkeypatch.setattr(TrainingFlags, "validates", validates)
+    stopping = EarlyStopping(patience=1)
+    assert epochs_of(epochs=10**12, validation_data=(X, Y), callbacks=[stopping]) == [0, 1]
 
 
 def test_numpy_integers_are_integers() -> None:

@@ -169,7 +169,7 @@ def test_the_norm_is_over_all_parameter_groups_together() -> None:
 
 @pytest.mark.parametrize("value", [-1, -0.1, math.nan, math.inf])
 def test_what_is_no_length_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="Expected a number of at least 0, received gradient_clip_val="):
+    with pytest.raises(ValueError, match="Expected a number of at least 0.*, received gradient_clip_val="):
         fitted(network(), value)
 
 

@@ -101,13 +101,6 @@ def test_a_batch_without_targets_is_no_bad_one() -> None:
     assert module.weight.isfinite().all()
 
 
-def test_an_epoch_without_any_target_is_bad() -> None:
-    model = fitkit.Model(nn.Linear(1, 3), device="cpu")
-    model.compile("sgd", "cross_entropy")
-    history = model.fit(torch.ones(4, 1), torch.full((4,), -100), batch_size=1, epochs=1, verbose=0)
-    assert math.isnan(history["loss"][0])
-
-
 def test_looking_for_the_cause_hides_no_error_and_changes_no_weight() -> None:
     class Penalised(fitkit.Model):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

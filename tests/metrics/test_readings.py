@@ -83,7 +83,9 @@ def test_soft_labels_count_as_what_they_are_nearer_to() -> None:
     assert measure("accuracy", output, target, OutputMeaning("logits")) == 1.0
 
 
-@pytest.mark.parametrize("name", ["accuracy", "f1", "auroc", "cohen_kappa", "top_2_accuracy", "perplexity"])
+@pytest.mark.parametrize(
+    "name", ["accuracy", "f1", "jaccard", "auroc", "cohen_kappa", "top_2_accuracy", "perplexity"]
+)
 @pytest.mark.parametrize("ignored", [-100, 1])
 def test_ignored_targets_are_as_if_they_were_not_there(name: str, ignored: int) -> None:
     output, target = torch.randn(60, 3, 4), torch.randint(0, 3, (60, 4))
@@ -104,10 +106,11 @@ def test_ignored_labels_stay_out_one_by_one(name: str) -> None:
 
 
 def test_a_batch_of_ignored_targets_alone_changes_nothing() -> None:
-    running = CompiledMetrics(["accuracy", "f1"]).start([CLASSES], CPU)
+    running = CompiledMetrics(["accuracy", "f1", "auroc"]).start([CLASSES], CPU)
+    running.update([torch.randn(4, 3)], [torch.full((4,), -100)], None)
     running.update([torch.eye(3)], [torch.arange(3)], None)
     running.update([torch.randn(4, 3)], [torch.full((4,), -100)], None)
-    assert {name: float(value) for name, value in running.compute().items()} == {"accuracy": 1.0, "f1": 1.0}
+    assert {float(value) for value in running.compute().values()} == {1.0}
 
 
 @pytest.mark.parametrize("name", ["accuracy", "f1"])
@@ -119,6 +122,20 @@ def test_labels_of_an_unknown_scale_are_not_guessed(name: str, columns: int) -> 
 
 
 @pytest.mark.parametrize("name", ["auroc", "perplexity"])
+def test_probabilities_that_leave_their_range_are_no_logits() -> None:
+    output, target = torch.tensor([1.0 + 1e-6, 0.9, 0.2, -1e-6]), torch.tensor([1, 1, 0, 0])
+    assert measure("auroc", output, target, OutputMeaning("probabilities")) == 1.0
+    logits = torch.tensor([[0.3, 0.4], [0.8, 0.1]])
+    halves = measure("perplexity", logits, torch.tensor([1, 0]), CLASSES)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([1, 0])).exp()
+    assert halves == pytest.approx(float(expected))
+
+
+def test_confident_logits_are_no_ties() -> None:
+    output, target = torch.tensor([20.0, 25.0, 30.0]), torch.tensor([0, 1, 1])
+    assert measure("auroc", output, target, OutputMeaning("logits")) == 1.0
+
+
 def test_probabilities_of_an_unknown_scale_are_not_guessed(name: str) -> None:
     with pytest.raises(ValueError, match=r"does not tell whether .*MulticlassAUROC\(num_classes=3\)"):
         measure(name, torch.randn(8, 3), torch.zeros(8, dtype=torch.int64), UNKNOWN)
@@ -148,7 +165,7 @@ def test_the_order_of_scores_needs_no_scale() -> None:
         ("mae", (), (), OutputMeaning("values"), "as many targets as outputs"),
         ("balanced_accuracy", (8, 3), (8, 3), OutputMeaning("logits"), "defined for binary and multiclass outputs"),
         ("perplexity", (8,), (8,), OutputMeaning("logits"), "defined for multiclass outputs, received a binary one"),
-        ("cosine_similarity", (8,), (8,), OutputMeaning("values"), "Expected vectors"),
+        ("cosine_similarity", (8,), (8,), OutputMeaning("values"), "2D tensors of shape"),
     ],
 )
 def test_pairs_that_do_not_fit_are_refused_at_the_first_batch(
@@ -180,6 +197,6 @@ def test_weights_of_another_shape_are_refused() -> None:
 
 def test_rows_of_classes_keep_each_item_with_its_target() -> None:
     output, target = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 1, 4, 5))
-    rows, classes, _ = Reading("multiclass", 3).align(output, target, None)
+    rows, classes = Reading("multiclass", 3).align(output, target)
     assert torch.equal(rows[27], output[1, :, 1, 2])
     assert classes[27] == target[1, 0, 1, 2]
