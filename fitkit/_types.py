@@ -40,10 +40,14 @@ class OutputMeaning:
 class ModelProtocol(Protocol):
     """What a callback sees of a Model."""
 
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
     history: History
     stop_training: bool
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None: ...
 
     @property
     def device(self) -> torch.device: ...

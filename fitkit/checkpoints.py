@@ -47,7 +47,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes)
 LEAVES = (*PLAIN, Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that at every moment the path holds the old content or the new one, whole.
 
     The content goes to a temporary file in the same folder, reaches the disk, and then takes the path's place. A
@@ -129,7 +129,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
         )
     if _is_safetensors(path):
         content = _to_safetensors(state)
-        write_atomically(path, lambda file: _write_all(file, content))
+        write_atomically(path, lambda file: file.write(content))
     else:
         write_atomically(path, lambda file: _write_archive(file, module.state_dict(), "weights"))
 
@@ -179,10 +179,6 @@ def _sync_folder(folder: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _write_all(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
 
 
 def _write_archive(file: BinaryIO, value: object, content: Content) -> None:

@@ -87,8 +87,8 @@ def check_number(
     if (finite and not math.isfinite(number)) or number < least or number > most:
         bounds = f"from {least:g} to {most:g}" if math.isfinite(most) else f"of at least {least:g}"
         bounds = "that is finite" if least == -math.inf and most == math.inf else bounds
-        finite = " It must be finite." if number == math.inf else ""
-        raise ValueError(f"Expected a number {bounds}, received {argument}={value!r}.{finite}")
+        hint = " It must be finite." if number == math.inf else ""
+        raise ValueError(f"Expected a number {bounds}, received {argument}={value!r}.{hint}")
     return number
 
 

@@ -62,9 +62,9 @@ class GradientNorms:
         self._steps = self._steps + counted
 
     def means(self) -> dict[str, Tensor]:
-        """The mean norms by name as 0-d tensors; NaN when no step was made."""
+        """The mean norms by name as 0-d tensors; nothing when no step was made."""
         if self._sum is None:
-            return dict.fromkeys(self.names, torch.full((), math.nan))
+            return {}
         return dict(zip(self.names, (self._sum / self._steps).unbind(), strict=True))
 
     def clip_total(self, norms: Tensor) -> Tensor | None:

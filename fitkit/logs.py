@@ -156,9 +156,8 @@ class Tally:
         return self.means[name]
 
     def reset(self) -> None:
-        """Starts an epoch: every mean is empty again."""
-        for mean in self.means.values():
-            mean.reset()
+        """Starts an epoch: what is not added in it has no mean."""
+        self.means.clear()
 
     def values(self) -> dict[str, Tensor]:
         """Every mean so far, as 0-d tensors on the device."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, final
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,19 +100,21 @@ class Loss:
         self.argument = argument
         self.module, self.built_in = _recognised(loss, argument)
         self.call: Callable[..., Any] = self.module if self.module is not None else loss
+        if self.module is not None and self.module is not loss:
+            self.call = self.module.forward  # nobody has hooks on a module that was made here
         if self.built_in is not None and self.module.reduction == "none":  # type: ignore[union-attr]
             self.call = self.module = _with_reduction(self.module, "mean")
         self.reduction = getattr(self.module, "reduction", "mean")
         self.meaning = _meaning(self.module, self.built_in)
         # "sum" has no denominator: windows add up, and only the report divides, by samples.
         self.adds_up = self.reduction == "sum"
-        self._items: Callable[..., Tensor] | None = _item_losses(self.call)
+        self._items: Callable[..., Tensor] | None = _item_losses(self.call if self.module is None else self.module)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Moves class weights and other tensors of the loss to the device, and to the dtype where one is given."""
         if self.module is not None:
             self.module.to(device=device, dtype=dtype)
-            self._items = _item_losses(self.call)
+            self._items = _item_losses(self.call if self.module is None else self.module)
 
     @property
     def weight_depends_on_targets(self) -> bool:
@@ -223,10 +226,9 @@ class Loss:
             return (class_weights[target.clamp(min=0)] * kept).sum()
         # NumPy counts what is on the host without asking torch for a number.
         classes = target.numpy()
-        kept_here = classes != ignored
         if class_weights is None:
-            return int(kept_here.sum()) if not kept_here.all() else classes.size
-        return float(class_weights.detach().cpu().numpy()[classes[kept_here]].sum(dtype="float64"))
+            return classes.size - int(numpy.count_nonzero(classes == ignored))
+        return float(class_weights.detach().cpu().numpy()[classes[classes != ignored]].sum(dtype="float64"))
 
 
 def fit_elements(output: Tensor, target: Tensor, name: str) -> Tensor:

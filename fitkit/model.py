@@ -57,8 +57,8 @@ class Model:
         device: "auto" takes the accelerator when there is one, else the CPU; or a name or torch.device.
 
     Attributes:
-        module: the module.
-        optimizer: the torch optimizer; set by `compile`.
+        module: the module; another one needs another Model.
+        optimizer: the torch optimizer; another one needs another `compile`.
         history: the `History` of the latest fit.
         stop_training: set it to True in any hook to end the run after the batch or epoch in progress.
         device: where the module is.
@@ -76,17 +76,26 @@ class Model:
         2
     """
 
-    optimizer: torch.optim.Optimizer
-
     def __init__(self, module: nn.Module, *, device: str | torch.device = "auto") -> None:
         if not isinstance(module, nn.Module):
             hint = f" It is a class: write {module.__name__}()." if isinstance(module, type) else ""
             raise TypeError(f"Expected a torch.nn.Module, received module={show(module)}.{hint}")
         self.device = resolve_device(device)
-        self.module = module.to(self.device)
+        self._module = module.to(self.device)
         self.history = History()
         self.stop_training = False
         self._compiled: Compiled | None = None
+        self._is_fitting = False
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self._module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The torch optimizer that compile made or was given; None when nothing in the module can be trained."""
+        return self._require_compiled().optimizer
 
     def compile(
         self,
@@ -135,8 +144,6 @@ class Model:
             losses.to(self.device, torch.float64 if precision == "64-true" else None)
         if precision == "64-true":
             self.module.double()
-        if made is not None:
-            self.optimizer = made
         self._compiled = Compiled(
             module=self.module,
             forward=torch.compile(self.module) if jit_compile else self.module,
@@ -239,6 +246,8 @@ class Model:
             NonFiniteLossError: a training loss was not finite (a FloatingPointError).
         """
         compiled = self._require_compiled()
+        if self._is_fitting:
+            raise ValueError("fit(...) was called from within a fit of the same Model. Use train_on_batch there.")
         flags = TrainingFlags(
             epochs=epochs,
             initial_epoch=initial_epoch,
@@ -296,7 +305,11 @@ class Model:
         if validation_plan is not None:
             validation = loop.TestRun(self, self._test_step(compiled), validation_plan, hooks)
         self.stop_training = False
-        loop.fit(loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen))
+        self._is_fitting = True
+        try:
+            loop.fit(loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen))
+        finally:
+            self._is_fitting = False
         return self.history
 
     def evaluate(

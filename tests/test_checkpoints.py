@@ -124,7 +124,7 @@ def test_a_symbolic_link_stays_one_and_its_target_is_replaced(tmp_path: Path, ex
     if exists:
         target.write_bytes(b"old")
     link.symlink_to(target)
-    write_atomically(link, lambda file: file.write(b"new") and None)
+    write_atomically(link, lambda file: file.write(b"new"))
     assert link.is_symlink()
     assert contents(tmp_path / "elsewhere") == {"target": b"new"}
 

@@ -382,6 +382,16 @@ def test_further_numbers_are_logged_as_means_over_samples() -> None:
     assert history["val_score"] == [7.0]
 
 
+def test_a_number_that_a_step_no_longer_gives_is_not_measured() -> None:
+    class Warming(fitkit.Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.module(batch[0]).mean()
+            return {"loss": loss, "warmth": 1.0} if len(self.history) == 0 else loss
+
+    history = own(Warming).fit(X, Y, batch_size=4, epochs=3, verbose=0)
+    assert history["warmth"] == [1.0, None, None]
+
+
 def test_further_numbers_are_in_the_batch_logs() -> None:
     seen: list[Any] = []
     looking = LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append((logs["rows"], "bias" in logs)))

@@ -20,6 +20,7 @@ from fitkit.data.batches import Batches, EpochPlan, known_length
 from fitkit.data.iterables import GeneratorBatches, IterableBatches
 from fitkit.data.loaders import LoaderBatches, load_dataset, split_dataset
 from fitkit.data.rows import is_array
+from fitkit.data.tensor_loaders import TensorLoaderBatches, is_tensor_loader
 from fitkit.errors import check_flag, check_integer, check_number, show
 
 __all__ = ["Batches", "Batching", "EpochPlan", "as_batches", "as_split_batches"]
@@ -98,6 +99,8 @@ def as_batches(data: Any, y: Any, sample_weight: Any, batching: Batching) -> Bat
     _refuse_parts(data, y, sample_weight, batching)
     _refuse_batching(data, batching, size=True)
     if isinstance(data, DataLoader):
+        if is_tensor_loader(data):
+            return TensorLoaderBatches(data, batching.dtype)
         return LoaderBatches(data, batching.dtype)
     if isinstance(data, Iterator):
         return GeneratorBatches(data, batching.dtype)

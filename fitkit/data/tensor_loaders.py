@@ -1,0 +1,85 @@
+"""DataLoaders over a TensorDataset, served in whole batches from the loader's own sampler.
+
+The batches, their order and the random draws are those of iterating the loader; only the way there is shorter: rows
+of many batches are gathered at once, where the loader takes sample by sample and stacks them again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, final
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+from fitkit.data.arrays import BATCHES_PER_CHUNK, BYTES_PER_CHUNK
+from fitkit.data.batches import Batches
+from fitkit.data.loaders import LoaderBatches
+
+
+def is_tensor_loader(loader: DataLoader[Any]) -> bool:
+    """Whether the loader does nothing that gathering rows would leave out."""
+    return (
+        type(loader) is DataLoader
+        and type(loader.dataset) is TensorDataset
+        and loader.num_workers == 0
+        and loader.collate_fn is default_collate
+        and not loader.pin_memory
+        and type(loader.batch_sampler) is BatchSampler
+        and _draws_at_its_start(loader.batch_sampler.sampler)
+        and all(_is_plain(tensor) for tensor in loader.dataset.tensors)
+    )
+
+
+def _draws_at_its_start(sampler: Any) -> bool:
+    """Whether reading some batches ahead draws nothing that would have been drawn later, or never."""
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and sampler.generator is None
+    return type(sampler) in (SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not tensor.requires_grad
+
+
+@final
+class TensorLoaderBatches(Batches):
+    """The batches of a DataLoader over a TensorDataset.
+
+    Args:
+        loader: one of which `is_tensor_loader` is true.
+        dtype: as in `LoaderBatches`, for data in order.
+    """
+
+    def __init__(self, loader: DataLoader[Any], dtype: torch.dtype) -> None:
+        self._loader = loader
+        self._dtype = dtype
+        self.length = len(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        loader = self._loader
+        tensors = loader.dataset.tensors  # type: ignore[attr-defined]
+        sampler: Any = loader.batch_sampler
+        # What a DataLoader draws whenever it is iterated, for workers that it may not have.
+        torch.empty((), dtype=torch.int64, device="cpu").random_(generator=loader.generator)
+        row_bytes = sum(tensor[:1].numel() * tensor.element_size() for tensor in tensors)
+        at_once = max(1, min(BATCHES_PER_CHUNK, BYTES_PER_CHUNK // max(1, row_bytes * sampler.batch_size)))
+        indices = iter(sampler)
+        while chunk := list(itertools.islice(indices, at_once)):
+            rows = torch.tensor(list(itertools.chain.from_iterable(chunk)), device="cpu")
+            sizes = [len(batch) for batch in chunk]
+            columns = [torch.unsafe_split_with_sizes(tensor.index_select(0, rows), sizes) for tensor in tensors]
+            yield from map(list, zip(*columns, strict=True))
+
+    def in_order(self) -> Batches:
+        return LoaderBatches(self._loader, self._dtype).in_order()
