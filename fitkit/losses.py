@@ -400,6 +400,11 @@ class OutputLosses:
             self.losses[index].to(device, dtype)  # type: ignore[union-attr]
 
     @property
+    def are_means_over_data(self) -> bool:
+        """Whether the losses cannot depend on how the data is cut into batches: they are torch's own."""
+        return all(loss is None or loss.built_in is not None for loss in self.losses)
+
+    @property
     def meanings(self) -> list[OutputMeaning]:
         """What each loss says of its output, in the order of the outputs."""
         return [OutputMeaning() if loss is None else loss.meaning for loss in self.losses]

@@ -329,7 +329,7 @@ class Model:
         Args:
             data: as in `fit`.
             y: as in `fit`.
-            batch_size: as in `fit`; the numbers do not depend on it.
+            batch_size: as in `fit`; the numbers do not depend on it. None may take more than 32 small samples at once.
             sample_weight: as in `fit`.
             steps: batches to take; None is all.
             verbose: as in `fit`.
@@ -348,6 +348,8 @@ class Model:
         self._check_steps(validates=True)
         batches = as_batches(data, y, sample_weight, self._batching(batch_size, None, training=False))
         self._check_parts(batches, "data")
+        if batch_size is None and steps is None and self._may_enlarge("validation_step", callbacks):
+            batches = batches.in_large_batches()
         plan = _plan(batches, steps)
         hooks = self._listeners(callbacks, verbose, plan)
         with self._undisturbed(), loop.reported_errors(hooks):
@@ -367,7 +369,7 @@ class Model:
 
         Args:
             data: as in `fit`; of ``(x, y)`` and ``(x, y, sample_weight)`` only x is used.
-            batch_size: as in `fit`.
+            batch_size: as in `fit`; None may take more than 32 small samples at once.
             steps: batches to take; None is all.
             verbose: as in `fit`.
             callbacks: whose predict hooks are called.
@@ -381,6 +383,8 @@ class Model:
             TypeError: arguments of a wrong type.
         """
         batches = as_batches(data, None, None, self._batching(batch_size, None, training=False))
+        if batch_size is None and steps is None and self._may_enlarge("predict_step", callbacks):
+            batches = batches.in_large_batches()
         plan = _plan(batches, steps)
         hooks = self._listeners(callbacks, verbose, plan)
         step = PredictStep(self._for_prediction(), self._overridden("predict_step"))
@@ -677,6 +681,15 @@ class Model:
             callback.set_model(self)
             callback.set_params(params)
         return HookTable([*listeners, *more, *bars])
+
+    def _may_enlarge(self, step: str, callbacks: Any) -> bool:
+        """Whether nothing would notice batches of another size: no step or callback of the user's, no function."""
+        if callbacks or self._overridden(step) is not None:
+            return False
+        losses, metrics = (None, None) if self._compiled is None else (self._compiled.losses, self._compiled.metrics)
+        if step == "predict_step":
+            return True
+        return losses is not None and losses.are_means_over_data and metrics is not None and metrics.are_means_over_data
 
     def _listeners(self, callbacks: Any, verbose: int | str, plan: EpochPlan) -> HookTable:
         """The hooks of an evaluation or a prediction."""

@@ -337,7 +337,7 @@ class Numbers:
         if name in self.tally.means:
             return self.tally.means[name].value()
         if name in self.compiled.metrics.names:
-            return self.metrics.compute()[name]
+            return self.metrics.compute([name])[name]
         if name == "batch_loss" and self.last is not None:
             return self.last
         if self.norms is not None and self.norms.last is not None and name in self.norms.names:

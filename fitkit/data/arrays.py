@@ -19,6 +19,9 @@ from fitkit.errors import show
 # One gather serves this many batches, as long as a chunk stays under the bytes below.
 BATCHES_PER_CHUNK = 64
 BYTES_PER_CHUNK = 16 * 2**20
+# How large a batch of an evaluation or prediction may be when its size is left to us: small samples only.
+MOST_LARGE_BATCH = 4096
+BYTES_LARGE_BATCH = 2**18
 
 
 @final
@@ -131,6 +134,10 @@ class ArrayBatches(Batches):
         held_out = self._with([rows.part(first, self.samples) for rows in self._rows], shuffle=False)
         held_out._draws = False
         return training, held_out
+
+    def in_large_batches(self) -> ArrayBatches:
+        row_bytes = max(1, sum(rows.row_bytes for rows in self._rows))
+        return self.resized(max(self._batch_size, min(MOST_LARGE_BATCH, BYTES_LARGE_BATCH // row_bytes)))
 
     def resized(self, batch_size: int) -> ArrayBatches:
         """The same data in batches of another size."""

@@ -33,6 +33,10 @@ class Batches(abc.ABC):
         """The same data unshuffled, in the same batches at each pass."""
         return self
 
+    def in_large_batches(self) -> Batches:
+        """The same data in larger batches, where nobody chose their size and the numbers do not depend on it."""
+        return self
+
 
 def known_length(data: Any) -> int | None:
     """The length that data tells; None when it tells none."""

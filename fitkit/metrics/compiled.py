@@ -19,8 +19,7 @@ from fitkit.errors import nearest, show
 from fitkit.metrics.gathering import Gathering
 from fitkit.metrics.names import NamedMetric, find_metric, weighable_names
 from fitkit.metrics.objects import CallableMetric, TorchmetricsMetric, collection_names, is_torchmetrics
-from fitkit.metrics.part import Part
-from fitkit.metrics.running import RunningMetrics
+from fitkit.metrics.running import Part, RunningMetrics
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -57,10 +56,10 @@ class CompiledMetrics:
     list or tuple with one entry per output, or a dict by output name; each entry is a metric, a list, tuple or dict of
     metrics, or None. A metric is
 
-    - a name, see names.py, in any case; its log key is the name as it was written. What it means on an output follows
-      from the loss and from shapes: accuracy of classes is the share of items, that of labels the share of single
-      labels; f1, precision, recall, specificity, jaccard, auroc and average_precision are means over classes or labels;
-      regression is over all elements, except that r2, explained_variance, pearson and spearman are means over columns;
+    - a name, see names.py, in any case; its log key is the name as it was written. It is computed by torchmetrics; on
+      what follows from the loss and from shapes: accuracy of classes is the share of items, that of labels the share of
+      single labels; f1, precision, recall, specificity, jaccard, auroc and average_precision are means over classes or
+      labels; regression is over all elements, but r2, explained_variance, pearson and spearman are means over columns;
     - a torchmetrics metric or collection: copied, and updated with each batch's output and target. Its key is its class
       name in snake case; a collection brings its own names. It must compute one number;
     - a callable ``(output, target)``: returns a number, the mean of the batch, or one value or more per sample. Its key
@@ -122,6 +121,11 @@ class CompiledMetrics:
         for (output, weighted, _), named in alike.items():
             parts.append((output, Gathering(named, meanings[output], device, weighted=weighted)))
         return RunningMetrics(self.names, parts, outputs)
+
+    @property
+    def are_means_over_data(self) -> bool:
+        """Whether the metrics cannot depend on how the data is cut into batches: they all have names."""
+        return all(isinstance(entry.metric, NamedMetric) for entry in self._entries)
 
     def higher_is_better(self, key: str) -> bool | None:
         """Whether a larger value under the log key is the better one; None where that is not known."""
@@ -195,8 +199,9 @@ def _flat_entries(metrics: Any, argument: str, prefix: str, output: int, weighte
 
 def _entry(metric: Any, key: str | None, argument: str, prefix: str, output: int, weighted: bool) -> Entry:
     if isinstance(metric, str):
-        named = find_metric(argument, metric)
-        if weighted and named.weighted is None:
+        found = find_metric(argument, metric)
+        named = found.weighted if weighted else found
+        if named is None:
             raise _not_weighable(argument, metric)
         return Entry((prefix + (metric if key is None else key),), output, named, weighted)
     if inspect.isclass(metric):

@@ -1,62 +1,28 @@
-"""The metrics that have a name: on what they can be computed, from which sums, and which direction is better.
+"""The metrics that have a name: which class of torchmetrics computes each, and from what.
 
-The definitions are those of torchmetrics and scikit-learn, which the tests compare with: means over classes and labels
-are macro except for accuracy, "mape" is a fraction, not a percentage. They are computed here, in float64 and without
-reading the device: torchmetrics sums in float32 (its R2Score of targets around 1000 is off in the second digit), counts
-classes that no item has as an auroc of 0, and takes seconds to import. What users bring is in objects.py.
+A value is what torchmetrics' class defines: means over classes and labels are macro, "mape" is a fraction and not a
+percentage. How an output is read, so that nothing is guessed from values, is in readings.py; what users bring is in
+objects.py.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fitkit.errors import unknown_name
-from fitkit.metrics.formulas import (
-    Curve,
-    auroc,
-    average_precision,
-    balanced_accuracy,
-    cohen_kappa,
-    explained_variance,
-    exponential_mean,
-    f1,
-    jaccard,
-    largest,
-    macro,
-    matthews_corrcoef,
-    mean,
-    over_columns,
-    pearson,
-    precision,
-    r2,
-    recall,
-    root_mean,
-    spearman,
-    specificity,
-)
-from fitkit.metrics.readings import Need, Reading, Rows, Task
-from fitkit.metrics.sums import (
-    Measure,
-    State,
-    absolute_errors,
-    class_counts,
-    cosines,
-    every_row,
-    hits,
-    hits_of_top,
-    largest_error,
-    mean_of,
-    moments,
-    relative_errors,
-    squared_errors,
-    squared_log_errors,
-    surprise,
-)
+from fitkit.metrics.readings import IGNORED, Given, Reading, Rows, Task, hits, weighed
+from fitkit.metrics.states import build
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True)
@@ -65,74 +31,116 @@ class NamedMetric:
 
     Attributes:
         name: the name without alias.
-        measure: what is kept of the data.
-        result: the value from that, a 0-d tensor.
+        computed_by: the class in torchmetrics.
+        given: what its update is called with.
         tasks: on what kinds of output it is defined.
-        need: what it takes from the output.
-        higher_is_better: None when neither direction is better.
-        weighted: what is kept when items have weights; None when it cannot take any.
+        higher_is_better: whether a larger value is the better one.
+        arguments: what the class is made with, besides what the reading says.
+        read_as: the task that torchmetrics is told, where it is another than the reading's.
+        needs_scale: for which tasks the loss must tell whether outputs are logits.
+        least: how many samples it needs; the value of fewer is NaN.
+        finish: from what torchmetrics computes to one number.
+        weighted: what is computed when items have weights; None when it cannot take any.
     """
 
     name: str
-    measure: Measure
-    result: Callable[[State, Reading], Tensor]
+    computed_by: str
+    given: Given
     tasks: tuple[Task, ...]
-    need: Need
-    higher_is_better: bool | None
-    weighted: Measure | None = None
+    higher_is_better: bool
+    arguments: dict[str, Any] = field(default_factory=dict)
+    read_as: Task | None = None
+    needs_scale: tuple[Task, ...] = ()
+    least: int = 1
+    finish: Callable[[Tensor], Tensor] = Tensor.mean
+    weighted: NamedMetric | None = None
+
+    def build(self, reading: Reading, device: torch.device) -> Metric:
+        """What computes the metric of such rows."""
+        return build(self.computed_by, device, **self._sizes(reading), **self.arguments)
+
+    def _sizes(self, reading: Reading) -> dict[str, Any]:
+        if self.computed_by in ("PearsonCorrCoef", "SpearmanCorrCoef"):
+            return {"num_outputs": reading.columns}
+        if reading.task == "regression" or self.computed_by == "MeanMetric":
+            return {}
+        # Where nothing is ignored, torchmetrics is spared a filter that waits for the device.
+        ignored = {"ignore_index": None if reading.ignore_index is None else IGNORED}
+        if self.computed_by == "text.Perplexity":
+            return ignored
+        task = self.read_as or reading.task
+        classes = {"num_classes": max(2, reading.columns)} if task == "multiclass" else {}
+        classes = {"num_labels": reading.columns} if task == "multilabel" else classes
+        return {"task": task, **classes, **ignored, "validate_args": False}
 
 
-DECISIONS: tuple[Task, ...] = ("binary", "multilabel", "multiclass")
-REGRESSION: tuple[Task, ...] = ("regression",)
+LABELS: tuple[Task, ...] = ("binary", "multilabel", "multiclass")
+CLASSES: tuple[Task, ...] = ("binary", "multiclass")
+MACRO = {"average": "macro"}
+# Otherwise MeanMetric would leave a NaN out.
+KEEP_NAN = {"nan_strategy": math.nan}
 
 
-def _item_mean(
-    name: str,
-    items: Callable[[Rows], Tensor],
-    *,
-    tasks: tuple[Task, ...] = REGRESSION,
-    need: Need = "values",
-    higher: bool = False,
-    result: Callable[[State, Reading], Tensor] = mean,
-) -> NamedMetric:
+def _weighable(metric: NamedMetric, items: Callable[[Rows], Tensor], **changed: Any) -> NamedMetric:
     """A metric that is a mean over items, and so can weigh them."""
-    return NamedMetric(name, mean_of(items), result, tasks, need, higher, mean_of(items, weighted=True))
+    mean = replace(metric, computed_by="MeanMetric", given=weighed(items), arguments=KEEP_NAN, **changed)
+    return replace(metric, weighted=mean)
 
 
-def _from_counts(
-    name: str, result: Callable[[State, Reading], Tensor], tasks: tuple[Task, ...] = DECISIONS
-) -> NamedMetric:
-    return NamedMetric(name, class_counts, result, tasks, "decisions", True)
+def _accuracy(name: str, k: int, tasks: tuple[Task, ...]) -> NamedMetric:
+    # The share of hits is what MulticlassAccuracy computes as micro; but that leaves ignored items out by a filter that
+    # waits for the device, and a label's own class counts past them.
+    metric = NamedMetric(name, "Accuracy", hits(k), tasks, True, read_as="binary", needs_scale=("binary", "multilabel"))
+    return _weighable(metric, lambda rows: rows.hits(k))
 
 
-def _from_curve(name: str, curve: Curve) -> NamedMetric:
-    return NamedMetric(name, every_row, over_columns(curve), DECISIONS, "order", True)
+def _decided(name: str, computed_by: str, tasks: tuple[Task, ...] = LABELS, **more: Any) -> NamedMetric:
+    return NamedMetric(name, computed_by, Rows.labels, tasks, True, needs_scale=("binary", "multilabel"), **more)
+
+
+def _ranked(name: str, computed_by: str) -> NamedMetric:
+    return NamedMetric(name, computed_by, Rows.scores, LABELS, True, MACRO, needs_scale=("multiclass",))
+
+
+def _error(name: str, computed_by: str, **more: Any) -> NamedMetric:
+    return NamedMetric(name, computed_by, Rows.pair, ("regression",), False, **more)
+
+
+def _agreement(name: str, computed_by: str, given: Given = Rows.columns, **more: Any) -> NamedMetric:
+    return NamedMetric(name, computed_by, given, ("regression",), True, **more)
+
+
+def _absolute(rows: Rows) -> Tensor:
+    return (rows.values - rows.expected).abs()
+
+
+def _squared(rows: Rows) -> Tensor:
+    return (rows.values - rows.expected).square()
 
 
 _ALL = [
-    _item_mean("accuracy", hits, tasks=DECISIONS, need="decisions", higher=True),
-    _item_mean("perplexity", surprise, tasks=("multiclass",), need="probabilities", result=exponential_mean),
-    _from_counts("f1", macro(f1)),
-    _from_counts("precision", macro(precision)),
-    _from_counts("recall", macro(recall)),
-    _from_counts("specificity", macro(specificity)),
-    _from_counts("jaccard", macro(jaccard)),
-    _from_counts("balanced_accuracy", balanced_accuracy, ("binary", "multiclass")),
-    _from_counts("cohen_kappa", cohen_kappa, ("binary", "multiclass")),
-    _from_counts("matthews_corrcoef", matthews_corrcoef),
-    _from_curve("auroc", auroc),
-    _from_curve("average_precision", average_precision),
-    _item_mean("mae", absolute_errors),
-    _item_mean("mse", squared_errors),
-    _item_mean("rmse", squared_errors, result=root_mean),
-    _item_mean("mape", relative_errors),
-    _item_mean("msle", squared_log_errors),
-    NamedMetric("cosine_similarity", mean_of(cosines), mean, REGRESSION, "values", True),
-    NamedMetric("max_error", largest_error, largest, REGRESSION, "values", False),
-    NamedMetric("r2", moments, r2, REGRESSION, "values", True),
-    NamedMetric("explained_variance", moments, explained_variance, REGRESSION, "values", True),
-    NamedMetric("pearson", moments, pearson, REGRESSION, "values", True),
-    NamedMetric("spearman", every_row, spearman, REGRESSION, "values", True),
+    _accuracy("accuracy", 1, LABELS),
+    _decided("f1", "F1Score", arguments=MACRO),
+    _decided("precision", "Precision", arguments=MACRO),
+    _decided("recall", "Recall", arguments=MACRO),
+    _decided("specificity", "Specificity", arguments=MACRO),
+    _decided("jaccard", "JaccardIndex", arguments=MACRO),
+    _decided("balanced_accuracy", "Recall", CLASSES, arguments=MACRO, read_as="multiclass"),
+    _decided("cohen_kappa", "CohenKappa", CLASSES),
+    _decided("matthews_corrcoef", "MatthewsCorrCoef"),
+    _ranked("auroc", "AUROC"),
+    _ranked("average_precision", "AveragePrecision"),
+    NamedMetric("perplexity", "text.Perplexity", Rows.tokens, ("multiclass",), False, needs_scale=("multiclass",)),
+    _weighable(_error("mae", "MeanAbsoluteError"), _absolute),
+    _weighable(_error("mse", "MeanSquaredError"), _squared),
+    _weighable(_error("rmse", "MeanSquaredError", arguments={"squared": False}), _squared, finish=Tensor.sqrt),
+    _error("mape", "MeanAbsolutePercentageError"),
+    _error("msle", "MeanSquaredLogError"),
+    _agreement("r2", "R2Score", least=2),
+    _agreement("explained_variance", "ExplainedVariance", least=2),
+    _agreement("pearson", "PearsonCorrCoef", least=2),
+    _agreement("spearman", "SpearmanCorrCoef", least=2),
+    _agreement("cosine_similarity", "CosineSimilarity", Rows.vectors, arguments={"reduction": "mean"}),
 ]
 NAMED = {metric.name: metric for metric in _ALL}
 ALIASES = {
@@ -157,7 +165,7 @@ _TOP = re.compile(r"top_([1-9][0-9]*)(_accuracy|_acc)?")
 
 @cache
 def _top_accuracy(k: int) -> NamedMetric:
-    return _item_mean(f"top_{k}_accuracy", hits_of_top(k), tasks=("multiclass",), need="decisions", higher=True)
+    return _accuracy(f"top_{k}_accuracy", k, ("multiclass",))
 
 
 def find_metric(argument: str, name: str) -> NamedMetric:

@@ -1,14 +1,16 @@
 """How metrics by name read one output and its target: as classes, labels or values, one row per item.
 
 The reading follows from what the loss says about the output and from shapes and dtypes, never from values:
-a batch of logits that happen to lie between 0 and 1 is still a batch of logits. This file knows no metric.
+a batch of logits that happen to lie between 0 and 1 is still a batch of logits. This file knows no metric; what
+torchmetrics is given of the rows stands at its end.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -19,8 +21,8 @@ from fitkit.device import sum_dtype
 from fitkit.errors import show
 
 Task = Literal["binary", "multilabel", "multiclass", "regression"]
-# What a metric takes from an output: what it decides, the order of its scores, its probabilities, or its numbers.
-Need = Literal["decisions", "order", "probabilities", "values"]
+# What stands in the place of an ignored target, whatever value the loss ignores.
+IGNORED = -1
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Reading:
     Attributes:
         task: the rows of "multiclass" are an output ``(M, C)`` and a target ``(M,)``, those of "multilabel" ``(M, L)``
             twice, those of "binary" ``(M,)`` twice; "regression" keeps the output's shape.
-        columns: the number of classes or labels; 1 for binary, 0 for regression.
+        columns: the number of classes, of labels, or of values per sample; 1 for binary.
         scale: what the numbers in the output are.
         ignore_index: the target value that is left out; None when there is none.
     """
@@ -40,27 +42,23 @@ class Reading:
     scale: Scale = "unknown"
     ignore_index: int | None = None
 
-    def finds_rows(self, output: Tensor, target: Tensor) -> bool:
-        """Whether the two are rows already, so that aligning them would change nothing."""
+    def align(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Output and target as rows, and the weight, where there is one, in the target's shape."""
+        shape = target.shape
         if self.task == "multiclass":
-            return output.ndim == 2 and target.ndim == 1
-        if self.task == "regression":
-            return output.shape == target.shape
-        return output.ndim == target.ndim == (1 if self.task == "binary" else 2)
-
-    def align(self, output: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Output, target and weight as rows; the weight gets the target's shape."""
-        if self.task == "multiclass":
-            if target.shape == output.shape:
-                target = target.argmax(1)
-            elif target.ndim == output.ndim:
-                target = target.squeeze(1)
+            # Classes may be given as one-hot rows, or with a dimension of 1 that the output has for classes.
+            classes = target.argmax(1) if shape == output.shape else target
+            rows = (self._rows(output), classes.reshape(-1))
+            shape = output.shape[:1] + output.shape[2:]
         elif target.ndim != output.ndim:
-            output, target = output.reshape(-1), target.reshape(-1)
-        if weight is not None:
-            weight = spread_weight(weight, target.shape)
-            weight = weight.reshape(-1) if self.task == "multiclass" else self._rows(weight)
-        return self._rows(output), target.reshape(-1) if self.task == "multiclass" else self._rows(target), weight
+            rows = (output.reshape(-1), target.reshape(-1))
+            shape = rows[1].shape
+        else:
+            rows = (self._rows(output), self._rows(target))
+        if weight is None:
+            return rows
+        weight = spread_weight(weight, shape)
+        return (*rows, weight.reshape(-1) if self.task == "multiclass" else self._rows(weight))
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """The tensor with one row per item: classes or labels, dimension 1, come last and the others become one."""
@@ -71,73 +69,8 @@ class Reading:
         return tensor if tensor.ndim == 2 else tensor.movedim(1, -1).reshape(-1, self.columns)
 
 
-@dataclass
-class Rows:
-    """Some batches of one output joined, and what several metrics want to know about them.
-
-    Attributes:
-        output: the shape that the reading says.
-        target: the shape that the reading says.
-        weight: what each item weighs, in the target's shape; None when all weigh 1.
-        reading: how the rows are to be understood.
-    """
-
-    output: Tensor
-    target: Tensor
-    weight: Tensor | None
-    reading: Reading
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The dtype of sums: float64 where the device has it."""
-        return sum_dtype(self.output.device)
-
-    @cached_property
-    def valid(self) -> Tensor | None:
-        """A mask in the target's shape that is False where the target is ignored; None when none can be."""
-        index = self.reading.ignore_index
-        return None if index is None or self.reading.task == "regression" else self.target != index
-
-    @cached_property
-    def truth(self) -> Tensor:
-        """The target: class indices, 0 where ignored; or bools, True above 0.5 so that soft labels count too."""
-        if self.reading.task != "multiclass":
-            return self.target > 0.5
-        classes = self.target.long()
-        return classes if self.valid is None else classes.masked_fill(~self.valid, 0)
-
-    @cached_property
-    def decision(self) -> Tensor:
-        """What the output decides: class indices; or bools, True for a probability above 0.5."""
-        if self.reading.task == "multiclass":
-            return self.output.argmax(1)
-        threshold = {"logits": 0.0, "log_probabilities": math.log(0.5)}.get(self.reading.scale, 0.5)
-        return self.output > threshold
-
-    @cached_property
-    def log_probabilities(self) -> Tensor:
-        """Log-probabilities of the classes, shape ``(M, C)``."""
-        if self.reading.scale == "logits":
-            return self.values.log_softmax(1)
-        return self.values.log() if self.reading.scale == "probabilities" else self.values
-
-    @cached_property
-    def values(self) -> Tensor:
-        """The output in the dtype of sums."""
-        return self.output.to(self.dtype)
-
-    @cached_property
-    def expected(self) -> Tensor:
-        """The target in the dtype of sums."""
-        return self.target.to(self.dtype)
-
-
 def spread_weight(weight: Tensor, shape: torch.Size) -> Tensor:
-    """The weight in the items' shape, from that shape or from one weight per sample.
-
-    Raises:
-        ValueError: the weight has neither shape.
-    """
+    """The weight in the items' shape, from that shape or from one weight per sample; any other is a ValueError."""
     if weight.shape == shape:
         return weight
     if weight.ndim and weight.shape[0] == shape[0] == weight.numel():
@@ -149,11 +82,7 @@ def spread_weight(weight: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_pair(names: str, output: Structure, target: Structure) -> tuple[Tensor, Tensor]:
-    """Returns output and target when they are tensors with as many samples each.
-
-    Raises:
-        ValueError: they are not; the message says what metrics by name can read.
-    """
+    """Returns output and target when they are tensors with as many samples each, all that metrics by name can read."""
     if target is None:
         raise ValueError(f"The metrics {names} compare outputs with targets, received y=None. Pass y, or no metrics.")
     for word, value in (("output", output), ("target", target)):
@@ -172,10 +101,7 @@ def read_classes(names: str, output: Tensor, target: Tensor, meaning: OutputMean
 
     Integer targets ``(N, ...)`` or ``(N, 1, ...)`` beside an output ``(N, C, ...)`` name classes; so do targets of the
     output's shape (one-hot or probabilities) when the loss compares classes. Otherwise targets of the output's
-    shape are binary, or multilabel when dimension 1 holds more than one label.
-
-    Raises:
-        ValueError: the shapes fit no reading, or the pair is one of regression.
+    shape are binary, or multilabel when dimension 1 holds more than one label. What fits none of these is a ValueError.
     """
     columns = output.shape[1] if output.ndim > 1 else 1
     floating = target.is_floating_point()
@@ -201,36 +127,26 @@ def read_classes(names: str, output: Tensor, target: Tensor, meaning: OutputMean
 
 
 def read_values(names: str, output: Tensor, target: Tensor, meaning: OutputMeaning) -> Reading:
-    """How metrics of regression read the pair: equal shapes, where ``(N,)`` and ``(N, 1)`` count as equal.
-
-    Raises:
-        ValueError: the shapes differ otherwise, also where torch would broadcast them.
-    """
+    """How metrics of regression read the pair: shapes must be equal, where ``(N,)`` and ``(N, 1)`` count as equal."""
     if not _same_items(output, target):
         hint = " The loss compares classes: is a metric such as 'accuracy' meant?" if meaning.classes else ""
         raise ValueError(_misfit(names, output, target, "targets of the output's shape (nothing is broadcast)") + hint)
-    return Reading("regression", 0, meaning.scale)
+    return Reading("regression", math.prod(output.shape[1:]), meaning.scale)
 
 
-def check_scale(name: str, need: Need, reading: Reading) -> None:
-    """Refuses a metric that would have to guess whether outputs are logits.
-
-    Raises:
-        ValueError: the loss does not tell what the metric needs to know.
-    """
-    if reading.task == "multiclass":
-        # The largest logit is the largest probability; only comparing samples with each other needs more.
-        told = need == "decisions" or reading.scale not in ("unknown", "values")
-        example = f"torchmetrics.classification.MulticlassAUROC(num_classes={reading.columns})"
-    else:
-        told = need != "decisions" or reading.scale != "unknown"
-        kind = "Binary" if reading.task == "binary" else "Multilabel"
-        example = f"torchmetrics.classification.{kind}Accuracy({'' if kind == 'Binary' else reading.columns})"
-    if not told:
+def check_scale(name: str, reading: Reading) -> None:
+    """Refuses a metric that would have to guess whether outputs are logits."""
+    # Decisions about labels are taken at 0.5 where a loss compares values; probabilities of classes cannot be made.
+    if reading.scale == "unknown" or (reading.scale == "values" and reading.task == "multiclass"):
+        example = {
+            "binary": "BinaryAccuracy()",
+            "multilabel": f"MultilabelAccuracy({reading.columns})",
+            "multiclass": f"MulticlassAUROC(num_classes={reading.columns})",
+        }[reading.task]
         raise ValueError(
             f"Metric {name!r}: the loss does not tell whether the outputs are logits or probabilities, and values are "
             f"not guessed from. Give the loss by name, such as 'bce_with_logits', or pass a torchmetrics metric such "
-            f"as {example}, or a callable(output, target)."
+            f"as torchmetrics.classification.{example}, or a callable(output, target)."
         )
 
 
@@ -246,3 +162,113 @@ def _misfit(names: str, output: Tensor, target: Tensor, expected: str) -> str:
         f"The metrics {names} expect {expected}, received output of shape {tuple(output.shape)} and target of shape "
         f"{tuple(target.shape)} and {target.dtype}."
     )
+
+
+# What torchmetrics' update is called with.
+Given = Callable[["Rows"], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Rows:
+    """Batches laid together, and what torchmetrics is given of them: nothing that it would take for logits.
+
+    Attributes:
+        reading: how the rows are to be understood.
+        output: as the reading's task says.
+        target: as the reading's task says.
+        weight: what each item weighs, in the target's shape; None when all weigh 1.
+    """
+
+    reading: Reading
+    output: Tensor
+    target: Tensor
+    weight: Tensor | None = None
+
+    @cached_property
+    def truth(self) -> Tensor:
+        """Class indices, or 1 and 0 for labels, where a soft label is what it is nearer to; `IGNORED` where ignored."""
+        truth = (self.target if self.reading.task == "multiclass" else self.target > 0.5).long()
+        index = self.reading.ignore_index
+        return truth if index is None else truth.masked_fill(self.target == index, IGNORED)
+
+    @cached_property
+    def decision(self) -> Tensor:
+        """What the output decides: class indices, or 1 for a label whose probability is above 0.5."""
+        if self.reading.task == "multiclass":
+            return self.output.argmax(1)
+        threshold = {"logits": 0.0, "log_probabilities": math.log(0.5)}.get(self.reading.scale, 0.5)
+        return (self.output > threshold).long()
+
+    @cached_property
+    def values(self) -> Tensor:
+        """The output in float64 where the device has it, so that sums over millions of items stay exact."""
+        return self.output.to(sum_dtype(self.output.device)).contiguous()
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """The target in the same type."""
+        return self.target.to(sum_dtype(self.target.device)).contiguous()
+
+    def hits(self, k: int) -> Tensor:
+        """Whether the truth of each item or label is what is decided, or is among the k classes that score highest."""
+        if k == 1:
+            return self.decision == self.truth
+        if k > self.reading.columns:
+            raise ValueError(f"Expected at least {k} classes for 'top_{k}_accuracy', received {self.reading.columns}.")
+        return (self.output.topk(k, dim=1).indices == self.truth.unsqueeze(1)).any(1)
+
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """What is decided, and what is so."""
+        return self.decision, self.truth
+
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """Probabilities, and what is so. Labels of an unknown scale come into (0, 1) too: only their order counts."""
+        if self.reading.scale == "probabilities":
+            probabilities = self.values
+        elif self.reading.scale == "log_probabilities":
+            probabilities = self.values.exp()
+        else:
+            probabilities = self.values.softmax(1) if self.reading.task == "multiclass" else self.values.sigmoid()
+        return probabilities.clamp(0, 1), self.truth
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Logits, or log-probabilities, and classes: as one sequence."""
+        logits = self.values.log() if self.reading.scale == "probabilities" else self.values
+        return logits.unsqueeze(0), self.truth.unsqueeze(0)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Output and target."""
+        return self.values, self.expected
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Output and target, one column for each value of a sample."""
+        shape = (-1,) if self.reading.columns == 1 else (-1, self.reading.columns)
+        return self.values.reshape(shape), self.expected.reshape(shape)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """Output and target, one row for each vector along the last dimension; torchmetrics refuses what has none."""
+        if self.values.ndim < 2:
+            return self.values, self.expected
+        return self.values.flatten(0, -2), self.expected.flatten(0, -2)
+
+
+@cache
+def hits(k: int) -> Given:
+    """Which items or labels are hit, as labels that should all be 1."""
+
+    def given(rows: Rows) -> tuple[Tensor, Tensor]:
+        return rows.hits(k).long(), torch.ones_like(rows.truth).masked_fill(rows.truth == IGNORED, IGNORED)
+
+    return given
+
+
+@cache
+def weighed(items: Callable[[Rows], Tensor]) -> Given:
+    """The value of each item, and what it weighs: nothing where it is ignored."""
+
+    def given(rows: Rows) -> tuple[Tensor, Tensor]:
+        value = items(rows).to(sum_dtype(rows.output.device))
+        weight = torch.ones_like(value) if rows.weight is None else rows.weight.to(value.dtype)
+        return value, weight if rows.reading.ignore_index is None else weight.masked_fill(rows.truth == IGNORED, 0)
+
+    return given

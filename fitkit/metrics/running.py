@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from fitkit._types import Structure
-from fitkit.metrics.part import Part, map_tensors
+from fitkit.metrics.gathering import Gathering
+from fitkit.metrics.objects import TorchmetricsMetric
+from fitkit.metrics.states import map_tensors
+
+# What is updated together, under one or more log keys of one output.
+Part = Gathering | TorchmetricsMetric
 
 
 @final
@@ -17,9 +22,9 @@ class RunningMetrics:
     """Running values over all batches since `reset`, the same for any slicing of the data into batches.
 
     Made by `CompiledMetrics.start`; two of them share nothing, so runs may be nested or interleaved. Taking in a batch
-    costs little: metrics by name let batches wait and sum up many at once, and nothing reads the device. Metrics
-    that compare all items with each other ("auroc", "average_precision", "spearman", and torchmetrics' own that keep
-    lists) keep every row on the device until reset.
+    costs little: for metrics by name batches wait, and torchmetrics takes in many at once. Metrics that compare all
+    items with each other ("auroc", "average_precision", "spearman"; "cosine_similarity"; what a user's torchmetrics
+    metric keeps in lists) keep every row on the device until reset.
 
     Args:
         names: all log keys in order.
@@ -74,15 +79,14 @@ class RunningMetrics:
         """
         wanted = set(self.names if names is None else names)
         parts = [part for _, part in self._parts if wanted.intersection(part.keys)]
-        values: dict[str, Tensor] = {}
         if across_processes and torch.distributed.is_available() and torch.distributed.is_initialized():
             everywhere = _gather([map_tensors(torch.Tensor.cpu, part.state()) for part in parts])
-            for part, states in zip(parts, zip(*everywhere, strict=True), strict=True):
-                values |= part.compute_across(states)
+            states = zip(*everywhere, strict=True)
+            computed = [part.compute_across(of, wanted) for part, of in zip(parts, states, strict=True)]
         else:
-            for part in parts:
-                values |= part.compute()
-        return {name: values[name] for name in self.names if name in values and name in wanted}
+            computed = [part.compute(wanted) for part in parts]
+        values = {name: value for part in computed for name, value in part.items()}
+        return {name: values[name] for name in self.names if name in values}
 
     def reset(self) -> None:
         """Starts anew, as at the beginning of an epoch."""
@@ -101,9 +105,8 @@ class RunningMetrics:
         """
         if list(state["names"]) != self.names:
             raise ValueError(f"Expected the running values of {self.names}, received those of {list(state['names'])}.")
-        self.reset()
         for (_, part), kept in zip(self._parts, state["parts"], strict=True):
-            part.add_state(kept)
+            part.load_state(kept)
 
 
 def _gather(states: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -134,3 +134,10 @@ def test_the_better_direction_of_a_key_is_that_of_its_metric() -> None:
     compiled = CompiledMetrics({"a": ["MAE"], "b": {"mine": share, "both": collection}}, output_names=["a", "b"])
     keys = ["a_MAE", "b_mine", "b_both_area", "nothing"]
     assert [compiled.higher_is_better(key) for key in keys] == [False, None, True, None]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "told"), [(None, True), (["f1", "auroc"], True), (["mae", share], False), ([BinaryAUROC()], False)]
+)
+def test_only_metrics_by_name_are_known_to_be_the_same_for_any_batches(metrics: Any, told: bool) -> None:
+    assert CompiledMetrics(metrics).are_means_over_data is told

@@ -83,9 +83,7 @@ def test_soft_labels_count_as_what_they_are_nearer_to() -> None:
     assert measure("accuracy", output, target, OutputMeaning("logits")) == 1.0
 
 
-@pytest.mark.parametrize(
-    "name", ["accuracy", "f1", "jaccard", "auroc", "cohen_kappa", "top_2_accuracy", "perplexity"]
-)
+@pytest.mark.parametrize("name", ["accuracy", "f1", "jaccard", "auroc", "cohen_kappa", "top_2_accuracy", "perplexity"])
 @pytest.mark.parametrize("ignored", [-100, 1])
 def test_ignored_targets_are_as_if_they_were_not_there(name: str, ignored: int) -> None:
     output, target = torch.randn(60, 3, 4), torch.randint(0, 3, (60, 4))
@@ -121,7 +119,6 @@ def test_labels_of_an_unknown_scale_are_not_guessed(name: str, columns: int) -> 
         measure(name, torch.randn(8, columns), torch.ones(8, columns), UNKNOWN)
 
 
-@pytest.mark.parametrize("name", ["auroc", "perplexity"])
 def test_probabilities_that_leave_their_range_are_no_logits() -> None:
     output, target = torch.tensor([1.0 + 1e-6, 0.9, 0.2, -1e-6]), torch.tensor([1, 1, 0, 0])
     assert measure("auroc", output, target, OutputMeaning("probabilities")) == 1.0
@@ -136,6 +133,7 @@ def test_confident_logits_are_no_ties() -> None:
     assert measure("auroc", output, target, OutputMeaning("logits")) == 1.0
 
 
+@pytest.mark.parametrize("name", ["auroc", "perplexity"])
 def test_probabilities_of_an_unknown_scale_are_not_guessed(name: str) -> None:
     with pytest.raises(ValueError, match=r"does not tell whether .*MulticlassAUROC\(num_classes=3\)"):
         measure(name, torch.randn(8, 3), torch.zeros(8, dtype=torch.int64), UNKNOWN)

@@ -1,0 +1,71 @@
+"""Metrics of torchmetrics are made here; what they keep is copied, loaded and joined. Their names are in names.py."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fitkit.batch import tensors
+from fitkit.device import sum_dtype
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric, MetricCollection
+
+
+def build(name: str, device: torch.device, **arguments: Any) -> Metric:
+    """A metric by the name of its class; it communicates with other processes only when it is told to."""
+    import torchmetrics  # takes seconds, and is not needed before there is data
+
+    arguments.update(sync_on_compute=False, compute_with_cache=False)
+    metric: Metric = attrgetter(name)(torchmetrics)(**arguments).to(device)
+    # Sums and quotients are float64 then; so are counts, which stay exact up to 2**53.
+    return metric.set_dtype(torch.float64) if sum_dtype(device) == torch.float64 else metric
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Apart from the run: states outlive an inference_mode that it may be in; what is undefined warns nobody."""
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """The state with the function applied to each tensor in its dicts and lists."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {name: map_tensors(function, value) for name, value in state.items()}
+    return [map_tensors(function, value) for value in state] if isinstance(state, list) else state
+
+
+def state_of(metric: Metric) -> dict[str, Any]:
+    """A copy of what a metric keeps, its lists of rows each as one tensor."""
+    kept = metric.metric_state
+    return {name: [torch.cat(value)] if isinstance(value, list) else value.clone() for name, value in kept.items()}
+
+
+def load_into(metric: Metric | MetricCollection, state: dict[str, Any], device: torch.device) -> None:
+    """Gives a metric a copy of such a state."""
+    metric.load_state_dict(map_tensors(lambda tensor: tensor.to(device, copy=True), state))
+
+
+def join_into(metric: Metric, states: Sequence[dict[str, Any]], device: torch.device) -> None:
+    """Gives a metric what those of several processes keep, joined by torchmetrics' own sync.
+
+    The states are gathered before, as torchmetrics' own way to do it breaks where a process has no rows.
+    """
+    load_into(metric, states[0], device)
+    everywhere = [tensors(map_tensors(lambda tensor: tensor.to(device), state)) for state in states]
+    own = tensors(metric.metric_state)
+    gathered = {id(mine): list(all_of_it) for mine, all_of_it in zip(own, zip(*everywhere, strict=True), strict=True)}
+    metric.sync(dist_sync_fn=lambda mine, group: gathered[id(mine)], distributed_available=lambda: True)
+    joined = metric.metric_state
+    metric.unsync()
+    metric.load_state_dict(joined)
