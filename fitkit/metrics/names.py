@@ -7,7 +7,6 @@ objects.py.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ class NamedMetric:
 
     Attributes:
         name: the name without alias.
-        computed_by: the class in torchmetrics.
+        computed_by: the class in torchmetrics, or "WeightedMean" (weighted_mean.py).
         given: what its update is called with.
         tasks: on what kinds of output it is defined.
         higher_is_better: whether a larger value is the better one.
@@ -62,7 +61,7 @@ class NamedMetric:
     def _sizes(self, reading: Reading) -> dict[str, Any]:
         if self.computed_by in ("PearsonCorrCoef", "SpearmanCorrCoef"):
             return {"num_outputs": reading.columns}
-        if reading.task == "regression" or self.computed_by == "MeanMetric":
+        if reading.task == "regression" or self.computed_by == "WeightedMean":
             return {}
         # Where nothing is ignored, torchmetrics is spared a filter that waits for the device.
         ignored = {"ignore_index": None if reading.ignore_index is None else IGNORED}
@@ -77,13 +76,11 @@ class NamedMetric:
 LABELS: tuple[Task, ...] = ("binary", "multilabel", "multiclass")
 CLASSES: tuple[Task, ...] = ("binary", "multiclass")
 MACRO = {"average": "macro"}
-# Otherwise MeanMetric would leave a NaN out.
-KEEP_NAN = {"nan_strategy": math.nan}
 
 
 def _weighable(metric: NamedMetric, items: Callable[[Rows], Tensor], **changed: Any) -> NamedMetric:
     """A metric that is a mean over items, and so can weigh them."""
-    mean = replace(metric, computed_by="MeanMetric", given=weighed(items), arguments=KEEP_NAN, **changed)
+    mean = replace(metric, computed_by="WeightedMean", given=weighed(items), arguments={}, **changed)
     return replace(metric, weighted=mean)
 
 

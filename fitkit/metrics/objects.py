@@ -19,14 +19,14 @@ from fitkit.batch import count_samples
 from fitkit.device import sum_dtype
 from fitkit.errors import show
 from fitkit.metrics.gathering import Gathering
-from fitkit.metrics.names import KEEP_NAN, NamedMetric
+from fitkit.metrics.names import NamedMetric
 from fitkit.metrics.readings import weighed
 from fitkit.metrics.states import load_into, map_tensors
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
-MEAN = NamedMetric("mean", "MeanMetric", weighed(lambda rows: rows.values), ("regression",), True, KEEP_NAN)
+MEAN = NamedMetric("mean", "WeightedMean", weighed(lambda rows: rows.values), ("regression",), True)
 
 
 @final

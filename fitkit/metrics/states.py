@@ -22,8 +22,11 @@ def build(name: str, device: torch.device, **arguments: Any) -> Metric:
     """A metric by the name of its class; it communicates with other processes only when it is told to."""
     import torchmetrics  # takes seconds, and is not needed before there is data
 
+    from fitkit.metrics.weighted_mean import WeightedMean  # for the same reason
+
     arguments.update(sync_on_compute=False, compute_with_cache=False)
-    metric: Metric = attrgetter(name)(torchmetrics)(**arguments).to(device)
+    kind = WeightedMean if name == "WeightedMean" else attrgetter(name)(torchmetrics)
+    metric: Metric = kind(**arguments).to(device)
     # Sums and quotients are float64 then; so are counts, which stay exact up to 2**53.
     return metric.set_dtype(torch.float64) if sum_dtype(device) == torch.float64 else metric
 
