@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fitkit.errors import show
 
@@ -19,7 +20,7 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
     Raises:
         ValueError: a tuple or list of none or of more than three.
     """
-    if not isinstance(batch, (tuple, list)):
+    if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence):
         return batch, None, None
     parts = len(batch)
     if parts == 2:
@@ -86,7 +87,7 @@ def call(module: Callable[..., Any], x: Any) -> Any:
         return module(x)
     if isinstance(x, Mapping):
         return module(**x)
-    if isinstance(x, (tuple, list)):
+    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
         return module(*x)
     return module(x)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -107,6 +107,14 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore_random_state(state, device)
+
+
+def copy_back(tensors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Gives each tensor the value beside it; one that is expanded cannot have changed in place."""
+    with torch.no_grad():
+        for tensor, value in tensors:
+            if not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+                tensor.copy_(value)
 
 
 @contextmanager

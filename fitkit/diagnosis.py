@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fitkit.batch import tensors
-from fitkit.device import kept_random_state
+from fitkit.device import copy_back, kept_random_state
 
 
 def explain_nonfinite(module: nn.Module, batch: Any, forward: Callable[[], Any], device: torch.device) -> str:
@@ -32,11 +32,10 @@ def explain_nonfinite(module: nn.Module, batch: Any, forward: Callable[[], Any],
     changed = [*(parameter for _, parameter in bad), *module.buffers()]
     before = [tensor.detach().clone() for tensor in changed]
     with torch.no_grad(), kept_random_state(device):
-        for tensor in changed:
-            torch.nan_to_num_(tensor, 0.0, 0.0, 0.0)
+        for _, parameter in bad:
+            torch.nan_to_num_(parameter, 0.0, 0.0, 0.0)
         found = _first_bad_output(module, forward)
-        for tensor, value in zip(changed, before, strict=True):
-            tensor.copy_(value)
+        copy_back(list(zip(changed, before, strict=True)))
     if found is not None:
         return f"{weights}The first module whose output on the last batch is not finite is {found}."
     return f"{weights}No module's output is not finite by itself: steps that are too large, or the loss, made it so."

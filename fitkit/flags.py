@@ -54,7 +54,7 @@ class TrainingFlags:
         check_flag("enable_early_stop", self.enable_early_stop)
         for name in ("steps_per_epoch", "validation_steps"):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least=1)
+                self._set(name, check_integer(name, getattr(self, name), least=1))
         for name in ("train_percent_check", "val_percent_check"):
             if check_number(name, getattr(self, name), least=0.0, most=1.0) == 0.0:
                 raise ValueError(
@@ -77,8 +77,8 @@ class TrainingFlags:
         object.__setattr__(self, name, value)
 
     def _check_epochs(self) -> None:
-        check_integer("initial_epoch", self.initial_epoch, least=0)
-        check_integer("min_nb_epochs", self.min_nb_epochs, least=1)
+        self._set("initial_epoch", check_integer("initial_epoch", self.initial_epoch, least=0))
+        self._set("min_nb_epochs", check_integer("min_nb_epochs", self.min_nb_epochs, least=1))
         if self.epochs is not None and not isinstance(self.max_nb_epochs, _NobodyAsked):
             raise ValueError(
                 f"epochs={show(self.epochs)} and max_nb_epochs={show(self.max_nb_epochs)} exclude each other. epochs "

@@ -118,7 +118,8 @@ class Mean:
         if self._indices[-1] - self._indices[0] == len(self._indices) - 1:
             index = first + self._indices[0]
         else:  # several parts of one batch
-            index = torch.tensor(self._indices).to(self._device, non_blocking=True)[first]
+            indices = torch.tensor(self._indices).to(self._device, non_blocking=True)
+            index = indices.index_select(0, first.reshape(1)).reshape(())
         index = torch.where(bad.any(), index, -1)
         self._first_bad = index if self._first_bad is None else torch.where(self._first_bad < 0, index, self._first_bad)
 

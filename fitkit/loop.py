@@ -38,6 +38,7 @@ in data/, what callbacks do in callbacks/.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def fit(run: FitRun) -> None:
 
                 # The only read of the training's numbers; each is a plain float from here on.
                 logs, first_bad = step.epoch_logs()
-                _judge_losses(first_bad, epoch, run)
+                _judge_losses(logs["loss"], first_bad, epoch, run)
                 if run.validation is not None and flags.validates(epoch):
                     with kept_random_state(model.device):
                         validated = evaluate(run.validation)
@@ -224,14 +225,20 @@ def _released(step: TrainStep) -> Iterator[None]:
         step.release()
 
 
-def _judge_losses(first_bad: int | None, epoch: int, run: FitRun) -> None:
-    """What on_nonfinite says about an epoch in which a training loss was NaN or infinite."""
-    if first_bad is None or run.flags.on_nonfinite == "ignore":
+def _judge_losses(loss: float, first_bad: int | None, epoch: int, run: FitRun) -> None:
+    """What on_nonfinite says about an epoch whose training loss is NaN or infinite."""
+    if (first_bad is None and math.isfinite(loss)) or run.flags.on_nonfinite == "ignore":
         return
     if run.flags.on_nonfinite == "stop":
         run.model.stop_training = True
         run.model.history.stop_reason = "nonfinite"
         return
+    if first_bad is None:
+        raise NonFiniteLossError(
+            f"Expected targets in epoch {epoch + 1} (index {epoch}), received batches of which none had any: all are "
+            'ignored, or weigh nothing. Check the targets; on_nonfinite="ignore" records NaN instead.',
+            epoch=epoch,
+        )
     raise NonFiniteLossError(
         f"Expected finite training losses, received NaN or infinity in epoch {epoch + 1} (index {epoch}), for the "
         f"first time in batch {first_bad + 1} (index {first_bad}). {run.step.explain_nonfinite()} Lower the learning "

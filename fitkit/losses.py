@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, final
 
 import numpy
@@ -29,10 +30,12 @@ Averages = Literal["elements", "samples", "targets"]
 
 
 class Part(NamedTuple):
-    """The loss of one output on one batch: a 0-d value, and the weight of that value among other batches."""
+    """The loss of one output on one batch: a 0-d value, and what it weighs among other batches."""
 
     value: Tensor
     weight: Weight
+    # The most that a batch of its size could weigh, for where only the device knows the weight.
+    most: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,15 @@ SHORT_NAMES: dict[str, type[nn.Module]] = {
     "ce": nn.CrossEntropyLoss,
 }
 
+# What to write for the names that users of Keras try first.
+KERAS_NAMES = {
+    "binary_crossentropy": '"bce_with_logits" for logits, or "bce" for probabilities',
+    "categorical_crossentropy": '"cross_entropy", on logits',
+    "sparse_categorical_crossentropy": '"cross_entropy", on logits',
+    "mean_squared_error": '"mse"',
+    "mean_absolute_error": '"mae"',
+}
+
 
 def known_losses() -> dict[str, type[nn.Module]]:
     """The module class of every loss name."""
@@ -106,6 +118,7 @@ class Loss:
             self.call = self.module = _with_reduction(self.module, "mean")
         self.reduction = getattr(self.module, "reduction", "mean")
         self.meaning = _meaning(self.module, self.built_in)
+        self._class_weights = _on_host(self.module)
         # "sum" has no denominator: windows add up, and only the report divides, by samples.
         self.adds_up = self.reduction == "sum"
         self._items: Callable[..., Tensor] | None = _item_losses(self.call if self.module is None else self.module)
@@ -114,6 +127,7 @@ class Loss:
         """Moves class weights and other tensors of the loss to the device, and to the dtype where one is given."""
         if self.module is not None:
             self.module.to(device=device, dtype=dtype)
+            self._class_weights = _on_host(self.module)
             self._items = _item_losses(self.call if self.module is None else self.module)
 
     @property
@@ -138,8 +152,8 @@ class Loss:
         weight = self._weight(output, target, size, host_target)
         try:
             if sample_weight is None:
-                return Part(self.call(output, target), weight)
-            return Part(self._weighted(output, target, sample_weight, weight), weight)
+                return Part(self.call(output, target), weight, target.numel())
+            return Part(self._weighted(output, target, sample_weight, weight), weight, target.numel())
         except IndexError as error:  # torch's "Target 5 is out of bounds."
             raise ValueError(
                 f"Expected class indices below {output.shape[1]}, the outputs for {self.argument}="
@@ -153,12 +167,13 @@ class Loss:
             return Part(self._reduced(items * _spread(sample_weight, items), weight), weight)
         value = self.call(output, target)
         if isinstance(value, tuple):
-            return _valued_and_weighted(value, self.argument)
+            return _valued_and_weighted(value, self.argument, size)
         if not isinstance(value, Tensor):
             raise TypeError(f"Expected {self.argument}(output, target) to return a tensor, received {show(value)}.")
-        if value.dim() == 0:
-            return Part(value, size)
-        return Part(value.mean(), value.numel())
+        if value.numel() == 1:
+            return Part(value.reshape(()), size, size)
+        # One value or more per sample; a value per class, say, is a mean over samples already.
+        return Part(value.mean(), value.numel() if value.shape[0] == size else size)
 
     def _item_values(self, output: Any, target: Any, size: int) -> Tensor:
         items = None if self._items is None else self._items(output, target)
@@ -226,9 +241,9 @@ class Loss:
             return (class_weights[target.clamp(min=0)] * kept).sum()
         # NumPy counts what is on the host without asking torch for a number.
         classes = target.numpy()
-        if class_weights is None:
+        if self._class_weights is None:
             return classes.size - int(numpy.count_nonzero(classes == ignored))
-        return float(class_weights.detach().cpu().numpy()[classes[classes != ignored]].sum(dtype="float64"))
+        return float(self._class_weights[classes[classes != ignored].astype("int64")].sum(dtype="float64"))
 
 
 def fit_elements(output: Tensor, target: Tensor, name: str) -> Tensor:
@@ -275,6 +290,8 @@ def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | N
     if isinstance(loss, str):
         known = known_losses()
         name = loss.lower()
+        if name in KERAS_NAMES:
+            raise ValueError(f"Unknown name: {argument}={loss!r}, which is Keras's. Here it is {KERAS_NAMES[name]}.")
         if name not in known:
             raise unknown_name(argument, loss, known)
         return known[name](), BUILT_IN[known[name]]
@@ -285,9 +302,12 @@ def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | N
             if isinstance(loss, kind) and type(loss).forward is kind.forward:
                 return loss, built_in
         return loss, None
+    options: Mapping[str, Any] = {}
+    if isinstance(loss, partial) and not loss.args:
+        loss, options = loss.func, loss.keywords
     for kind, built_in in BUILT_IN.items():
         if loss is built_in.function:
-            return kind(), built_in
+            return kind(**options), built_in
     if not callable(loss):
         raise TypeError(
             f"Expected a name, a loss module or a callable loss(output, target), received {argument}={show(loss)}."
@@ -321,6 +341,12 @@ def _item_losses(call: Callable[..., Any]) -> Callable[..., Tensor] | None:
     return call
 
 
+def _on_host(module: nn.Module | None) -> Any:
+    """The class weights of a loss as a NumPy array, for counting; None where it has none."""
+    weight = getattr(module, "weight", None) if isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss)) else None
+    return None if weight is None else weight.detach().cpu().numpy()
+
+
 def _with_reduction(module: Any, reduction: str) -> Any:
     """A copy of the loss module that shares its tensors and reduces in another way."""
     other = copy.copy(module)
@@ -343,18 +369,25 @@ def _spread(sample_weight: Tensor, items: Tensor) -> Tensor:
     )
 
 
-def _valued_and_weighted(returned: tuple[Any, ...], argument: str) -> Part:
+def _valued_and_weighted(returned: tuple[Any, ...], argument: str, size: int) -> Part:
     if len(returned) != 2 or not isinstance(returned[0], Tensor) or returned[0].dim() != 0:
         raise TypeError(
             f"Expected {argument}(output, target) to return a 0-d tensor, item losses or (value, weight), received "
             f"a tuple of {len(returned)}: {', '.join(show(item) for item in returned)}."
         )
     value, weight = returned
-    if isinstance(weight, Tensor):
-        # On the CPU, NumPy reads it without asking torch for a number; elsewhere it stays where it is.
-        weight = weight.detach()
-        return Part(value, float(weight.numpy()) if weight.device.type == "cpu" else weight)
-    return Part(value, check_number(f"weight returned by {argument}", weight, least=0.0))
+    return Part(value, check_weight(f"weight returned by {argument}", weight), size)
+
+
+def check_weight(argument: str, weight: Any) -> Weight:
+    """A weight of the user's as a number, or as a 0-d tensor where only the device knows it."""
+    if not isinstance(weight, Tensor):
+        return check_number(argument, weight, least=0.0)
+    if weight.numel() != 1:
+        raise ValueError(f"Expected one number, received {argument} of shape {tuple(weight.shape)}.")
+    weight = weight.detach().reshape(())
+    # On the CPU, NumPy reads it without asking torch for a number.
+    return check_number(argument, float(weight.numpy()), least=0.0) if weight.device.type == "cpu" else weight
 
 
 def show_structure(value: Any) -> str:
@@ -417,16 +450,19 @@ class OutputLosses:
         """
         if self.keys is None:
             return [structure]
+        needed = [self.keys[index] for index in self.active]
         if isinstance(structure, Mapping):
-            missing = [key for key in self.keys if key not in structure]
+            missing = [key for key in needed if key not in structure]
             if not missing:
-                return [structure[key] for key in self.keys]
+                return [structure.get(key) for key in self.keys]
             raise ValueError(
                 f"Expected {argument} to have the keys of loss, {self.keys}, received the keys {list(structure)}; "
                 f"missing: {missing}."
             )
         if isinstance(structure, (tuple, list)) and len(structure) == len(self.keys):
             return list(structure)
+        if isinstance(structure, Tensor) and len(needed) == 1 and argument != "the module's output":
+            return [structure if index in self.active else None for index in range(len(self.keys))]
         raise ValueError(
             f"Expected {argument} to have {len(self.keys)} parts since loss has {len(self.keys)}, received "
             f"{show_structure(structure)}."

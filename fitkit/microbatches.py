@@ -93,7 +93,7 @@ class FittingParts:
             self.size = -(-samples // 2)
         # Only here, when the failed pass is gone, is its memory free.
         put_back()
-        if torch.accelerator.is_available():
+        if self._step.device.type != "cpu":
             torch.get_device_module(self._step.device).empty_cache()
         return False
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fitkit import loop
-from fitkit.batch import join
+from fitkit.batch import join, unpack
 from fitkit.callbacks import Callback, EarlyStopping, ProgressBar
 from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
@@ -94,8 +94,8 @@ class Model:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """The torch optimizer that compile made or was given; None when nothing in the module can be trained."""
-        return self._require_compiled().optimizer
+        """The torch optimizer that compile made or was given; None before, and when nothing can be trained."""
+        return None if self._compiled is None else self._compiled.optimizer
 
     def compile(
         self,
@@ -133,6 +133,11 @@ class Model:
         """
         check_choice("precision", precision, PRECISIONS)
         check_flag("jit_compile", jit_compile)
+        if jit_compile and any(map(self._overridden, ("training_step", "validation_step", "predict_step"))):
+            raise ValueError(
+                "jit_compile=True does not reach a step of your own, which calls self.module. Call "
+                "model.module.compile() instead."
+            )
         losses = None if loss is None else OutputLosses(loss, loss_weights)
         if losses is None and loss_weights is not None:
             raise ValueError(f"loss_weights={show(loss_weights)} needs a loss for each output; received loss=None.")
@@ -283,8 +288,8 @@ class Model:
         batches = _training_plan(training, flags)
         level = resolve_verbose(verbose)
         validation_plan = _validation_plan(held_out, flags, validation_batch_size)
-        chosen = self._callbacks(callbacks, early_stop_callback, flags, validates=held_out is not None)
         measured = held_out is not None and any(map(flags.validates, range(flags.initial_epoch, flags.last_epoch)))
+        chosen = self._callbacks(callbacks, early_stop_callback, flags, validates=measured)
         self._check_monitors(chosen, flags, validates=measured)
         self._check_steps(validates=held_out is not None)
         self._check_parts(training, "data", class_weight)
@@ -390,7 +395,7 @@ class Model:
         step = PredictStep(self._for_prediction(), self._overridden("predict_step"))
         with self._undisturbed(), loop.reported_errors(hooks):
             outputs = loop.predict(loop.PredictRun(self, step, plan, hooks))
-        return join(outputs)
+        return _joined(outputs)
 
     def train_on_batch(
         self,
@@ -420,7 +425,7 @@ class Model:
         check_flag("return_dict", return_dict)
         compiled = self._require_compiled()
         step = TrainStep(compiled, self._overridden("training_step"), self._class_weight(class_weight, sample_weight))
-        batch = self._one_batch(x, y, sample_weight)
+        batch = self._one_batch(_whole(x, y, compiled), y, sample_weight)
         with kept_modes(self.module), kept_gradients(held_parameters(compiled)):
             if not self.module.training:
                 self.module.train()
@@ -450,7 +455,7 @@ class Model:
         compiled = self._require_compiled()
         self._check_steps(validates=True)
         step = self._test_step(compiled)
-        batch = self._one_batch(x, y, sample_weight)
+        batch = self._one_batch(_whole(x, y, compiled), y, sample_weight)
         with self._undisturbed(), kept_modes(self.module):
             self.module.eval()
             step(batch, 0)
@@ -472,7 +477,7 @@ class Model:
         with self._undisturbed(), kept_modes(self.module):
             self.module.eval()
             step(batch, 0)
-        return join(step.outputs)
+        return _joined(step.outputs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """The loss of a training batch; override it for a loss that compile cannot express.
@@ -531,7 +536,7 @@ class Model:
         """
         check_integer("depth", depth, least=1)
         if input_data is not None:
-            input_data = self._one_batch(input_data, None, None)
+            input_data = unpack(self._one_batch(input_data, None, None))[0]
         print_fn(summarize(self.module, input_data, depth=depth))
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
@@ -597,7 +602,8 @@ class Model:
             )
 
     def _batching(self, batch_size: int | None, shuffle: bool | None, *, training: bool) -> Batching:
-        return Batching(batch_size, shuffle, training, module_dtype(self.module), self.device)
+        # Batches are made on the host, where their targets can be counted; steps take them to the device.
+        return Batching(batch_size, shuffle, training, module_dtype(self.module), torch.device("cpu"))
 
     def _validation_batching(self, batching: Batching, validation_batch_size: int | None) -> Batching:
         return replace(
@@ -635,7 +641,7 @@ class Model:
             raise ValueError(
                 "class_weight=... needs a loss over classes, received one over values. Pass sample_weight."
             )
-        return ClassWeight(weights, self.device)
+        return ClassWeight(weights, self.device, one_of_many=compiled.losses.meanings[0].classes)
 
     def _callbacks(
         self, callbacks: Any, early_stop_callback: Any, flags: TrainingFlags, *, validates: bool
@@ -710,8 +716,23 @@ class Model:
     def _returned(self, logs: dict[str, float], return_dict: bool) -> float | list[float] | dict[str, float]:
         if return_dict:
             return logs
-        numbers = [logs[name] for name in self.metrics_names]
+        numbers = [logs[name] for name in self.metrics_names if name in logs]
         return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _whole(x: Any, y: Any, compiled: Compiled) -> Any:
+    """A list without targets beside it, where a loss needs some, is a loader's whole batch."""
+    return tuple(x) if isinstance(x, list) and y is None and compiled.losses is not None else x
+
+
+def _joined(outputs: list[Any]) -> Any:
+    joined = join(outputs)
+    if joined is None:
+        raise ValueError(
+            "Expected outputs with a batch dimension, tensors or nests of them, received others. Override predict_step "
+            "to return what is to be joined."
+        )
+    return joined
 
 
 def _plan(batches: Batches, steps: int | None) -> EpochPlan:
@@ -742,7 +763,7 @@ def _validation_plan(batches: Batches | None, flags: TrainingFlags, batch_size: 
         fraction, name = flags.overfit_pct, "overfit_pct"
         batches = batches.in_order()
     limit = _limit(batches, flags.validation_steps, fraction, name, "validation_steps")
-    plan = EpochPlan(batches, limit, "validation_data", "validation_steps")
+    plan = EpochPlan(batches, limit, "validation_data", "validation_steps", anew=True)
     if not batches.again:
         plan.check_epochs(sum(map(flags.validates, range(flags.initial_epoch, flags.last_epoch))))
     return plan

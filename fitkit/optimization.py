@@ -7,7 +7,7 @@ the plain one computes, up to the order of roundings within a step (a few units 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,16 +48,11 @@ def make_optimizer(
     if learning_rate is not None:
         check_number("learning_rate", learning_rate, least=0.0)
     if isinstance(optimizer, str):
-        return _by_name(optimizer, _trainable(module), learning_rate)
+        return _by_name(optimizer, module, learning_rate)
     if learning_rate is not None:
         raise ValueError(
-            f"learning_rate={learning_rate} goes with an optimizer by name; received optimizer={show(optimizer)}. "
+            f"learning_rate={learning_rate} goes with an optimizer by name; received a {type(optimizer).__name__}. "
             "Give the learning rate where you make the optimizer."
-        )
-    if inspect.isclass(optimizer):
-        raise TypeError(
-            f"Expected an optimizer, received the class optimizer={show(optimizer)}. Write "
-            f"{optimizer.__name__.lower()!r} or torch.optim.{optimizer.__name__}(module.parameters(), lr=...)."
         )
     made = optimizer if isinstance(optimizer, Optimizer) else _called(optimizer, _trainable(module))
     if made is None:
@@ -77,7 +72,8 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def _by_name(name: str, parameters: Sequence[nn.Parameter], learning_rate: float | None) -> Optimizer | None:
+def _by_name(name: str, module: nn.Module, learning_rate: float | None) -> Optimizer | None:
+    parameters = _trainable(module)
     known = known_optimizers()
     if name.lower() not in known:
         raise unknown_name("optimizer", name, known)
@@ -88,7 +84,9 @@ def _by_name(name: str, parameters: Sequence[nn.Parameter], learning_rate: float
     options: dict[str, Any] = {} if learning_rate is None else {"lr": learning_rate}
     accepted = inspect.signature(kind).parameters
     # torch refuses fused kernels for some devices and dtypes, and says so in the constructor only.
-    for implementation in ("fused", "foreach"):
+    # Neither takes the sparse gradients that an embedding may be asked to make.
+    sparse = any(getattr(child, "sparse", False) is True for child in module.modules())
+    for implementation in () if sparse else ("fused", "foreach"):
         if implementation in accepted and all(parameter.is_floating_point() for parameter in parameters):
             try:
                 return kind(parameters, **options, **{implementation: True})  # type: ignore[no-any-return]
@@ -103,6 +101,8 @@ def _called(make: Any, parameters: list[nn.Parameter]) -> Optimizer | None:
             "Expected a name, a torch.optim optimizer or a callable that takes the parameters, "
             f"received optimizer={show(make)}."
         )
+    if inspect.isclass(make) and issubclass(make, Optimizer):
+        _refuse_lbfgs(make)
     if not parameters:
         return None
     made = make(parameters)

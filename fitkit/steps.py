@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from fitkit import batch as batches_of
 from fitkit._types import OutputMeaning, Precision
-from fitkit.device import autocast, move, random_state, restore_random_state, sum_dtype
+from fitkit.device import autocast, copy_back, move, random_state, restore_random_state, sum_dtype
 from fitkit.diagnosis import explain_nonfinite
 from fitkit.errors import check_number
 from fitkit.gradients import GradientNorms, clip_gradients
 from fitkit.logs import BatchLogs, Tally, read
-from fitkit.losses import OutputLosses, Part, show_structure
+from fitkit.losses import OutputLosses, Part, check_weight, show_structure
 from fitkit.metrics import CompiledMetrics, RunningMetrics
 from fitkit.windows import Window, weighted_sum
 
@@ -109,7 +109,7 @@ class Computation:
                 "compile(loss=None) for a module that returns its loss, or override training_step."
             )
         if self._class_weight is not None:
-            sample_weight = self._class_weight(y, sample_weight)
+            sample_weight = self._class_weight(output, y, sample_weight)
         if losses.keys is None:
             loss = losses.losses[0]
             assert loss is not None  # a single loss is never None
@@ -142,11 +142,13 @@ class Computation:
     def _own_outcome(self, output: Any, batch: Any, size: int) -> Outcome:
         """The loss is the module's own; ``logits`` beside it and ``labels`` in the batch are what metrics compare."""
         loss, weight = batches_of.own_loss(output)
-        counted = size if weight is None else weight
+        counted = size if weight is None else check_weight("weight of the module's output", weight)
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         compared = labels is not None and logits is not None
-        return Outcome([Part(loss, counted)], [logits] * compared, [labels] * compared, None, {}, size)
+        return Outcome(
+            [Part(loss.reshape(()), counted, size)], [logits] * compared, [labels] * compared, None, {}, size
+        )
 
     def _user_outcome(self, returned: Any, batch: Any) -> Outcome:
         extra: dict[str, Any] = {}
@@ -165,14 +167,13 @@ class Computation:
         weight = extra.pop("weight", None)
         if weight is None:
             weight = batches_of.count_samples(*batches_of.unpack(batch)[:2] if _is_batch(batch) else (batch, None))
-        if isinstance(weight, Tensor) and weight.numel() == 1:
-            weight = weight.detach().reshape(())
-        else:
-            weight = check_number("weight returned by the step", weight, least=0.0)
+        weight = check_weight("weight returned by the step", weight)
         outputs, targets = (
             ([extra.pop("output")], [extra.pop("target")]) if {"output", "target"} <= set(extra) else ([], [])
         )
         for name, value in extra.items():
+            if name == "batch_loss" or name.startswith(("val_", "grad_")):
+                raise ValueError(f"Expected another name for the step's {name!r}, which fitkit uses itself.")
             if not isinstance(value, Tensor):
                 check_number(f"the step's {name!r}", value, finite=False)
             elif value.numel() != 1:
@@ -202,17 +203,20 @@ class ClassWeight:
     Args:
         weights: {class: weight}.
         device: where the targets are.
+        one_of_many: whether a target of the output's shape has its classes along dimension 1, as for cross entropy;
+            otherwise each of its entries is a class of its own, as for bce.
     """
 
-    def __init__(self, weights: Mapping[int, float], device: torch.device) -> None:
+    def __init__(self, weights: Mapping[int, float], device: torch.device, *, one_of_many: bool) -> None:
+        self._one_of_many = one_of_many
         self._last = max(weights) + 1
         table = torch.ones(self._last + 1, dtype=sum_dtype(device))
         for index, weight in weights.items():
             table[index] = weight
         self._table = table.to(device)
 
-    def __call__(self, target: Any, sample_weight: Any) -> Tensor:
-        """Weights of shape ``(N,)``, or of the targets' shape for a class per pixel or token.
+    def __call__(self, output: Any, target: Any, sample_weight: Any) -> Tensor:
+        """Weights of shape ``(N,)``, or of the targets' shape for a class per pixel, token or label.
 
         Raises:
             ValueError: there are sample weights as well, or targets that name no class.
@@ -224,8 +228,8 @@ class ClassWeight:
         classes = target
         if target.dim() == 2 and target.shape[1] == 1:
             classes = target.squeeze(1)
-        elif target.dim() > 1 and target.is_floating_point():
-            classes = target.argmax(1)
+        elif self._one_of_many and target.dim() > 1 and target.shape == output.shape:
+            classes = target.to(torch.uint8 if target.dtype == torch.bool else target.dtype).argmax(1)
         index = classes.long()
         return self._table[torch.where(index < 0, self._last, index.clamp(max=self._last))]
 
@@ -412,6 +416,7 @@ class TrainStep:
         self._batches_per_step = batches_per_step
         self._length = length
         self._held = held_parameters(self._compiled)
+        self._stepped = optimizer_parameters(self._compiled)
         if self._norm_order != -1:
             trained = trained_parameters(self._compiled)
             self.numbers.norms = GradientNorms(self._compiled.module, trained, self._norm_order)
@@ -432,7 +437,8 @@ class TrainStep:
             if not self._by_hand:
                 self._clear_gradients()
             left = self._batches_per_step if self._length is None else self._length - index
-            self._window.open(min(self._batches_per_step, max(left, 1)), parts)
+            # Data that gives more batches than it said goes on in whole windows.
+            self._window.open(min(self._batches_per_step, left) if left > 0 else self._batches_per_step, parts)
 
         # Forward and loss, in the user's precision.
         with self._autocast:
@@ -503,8 +509,7 @@ class TrainStep:
         def put_back() -> None:
             self._window.restore(window)
             restore_random_state(random_state_before, self._compiled.device)
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            copy_back(buffers)
             for parameter, gradient in zip(self._held, gradients, strict=True):
                 parameter.grad = gradient
 
@@ -536,7 +541,7 @@ class TrainStep:
         norms = None if self.numbers.norms is None else self.numbers.norms.measure()
         if self._clip:
             total = None if norms is None else self.numbers.norms.clip_total(norms)  # type: ignore[union-attr]
-            clip_gradients(self._held, self._clip, total)
+            clip_gradients(self._stepped, self._clip, total)
         if scaler is None:
             optimizer.step()
         else:
@@ -562,15 +567,19 @@ _FIRST_BAD = " first bad batch"
 
 def held_parameters(compiled: Compiled) -> list[nn.Parameter]:
     """The parameters that the optimizer has, and those of the module that it has not."""
-    groups = [] if compiled.optimizer is None else compiled.optimizer.param_groups
-    held = [*(parameter for group in groups for parameter in group["params"]), *compiled.module.parameters()]
+    held = [*optimizer_parameters(compiled), *compiled.module.parameters()]
     return list({id(parameter): parameter for parameter in held}.values())
+
+
+def optimizer_parameters(compiled: Compiled) -> list[nn.Parameter]:
+    """The parameters that the optimizer has."""
+    groups = [] if compiled.optimizer is None else compiled.optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def trained_parameters(compiled: Compiled) -> list[nn.Parameter]:
     """The parameters that the optimizer has and that are not frozen."""
-    groups = [] if compiled.optimizer is None else compiled.optimizer.param_groups
-    return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+    return [parameter for parameter in optimizer_parameters(compiled) if parameter.requires_grad]
 
 
 @final

@@ -105,7 +105,7 @@ class Window:
         if self.size == 1:
             self._actual = [part.weight for part in parts]
             return weighted_sum(parts, self._shares), None
-        self._ratios = [self._ratio(index, part.weight) for index, part in enumerate(parts)]
+        self._ratios = [self._ratio(index, part.weight, part.most) for index, part in enumerate(parts)]
         if self.is_separate:
             return None, None
         if len({ratio for ratio in self._ratios if not isinstance(ratio, Tensor)}) > 1:
@@ -117,13 +117,13 @@ class Window:
         total = weighted_sum(parts, self._shares)
         return total, None if total is None else self._seed(self._ratios[0], total)
 
-    def _ratio(self, index: int, weight: Weight) -> Weight:
+    def _ratio(self, index: int, weight: Weight, most: float) -> Weight:
         """The micro-batch's weight over the window's expected one."""
         if isinstance(weight, Tensor):  # a count is an integer, whose quotient would be float32
             weight = weight.to(sum_dtype(weight.device))
         if self._taken == 1:
             known = not isinstance(weight, Tensor) and weight > 0
-            self._expected.append(self.size * float(weight) if known else float(self.size))
+            self._expected.append(self.size * (float(weight) if known else max(most, 1.0)))
             self._actual.append(weight)
         else:
             self._actual[index] = self._actual[index] + weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def test_every_built_in_loss_is_torchs_own_value(kind: Any) -> None:
 @pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.__name__)
 def test_value_times_weight_is_the_sum_of_the_items(kind: Any) -> None:
     output, target = PAIRS.get(kind, (torch.randn(5, 3), torch.randn(5, 3)))
-    value, weight = judge(kind(), output, target, len(output))
+    value, weight, _ = judge(kind(), output, target, len(output))
     summed = BUILT_IN[kind].function(output, target, reduction="none").sum()
     torch.testing.assert_close(value * weight, summed)
 
@@ -55,7 +56,7 @@ def test_value_times_weight_is_the_sum_of_the_items(kind: Any) -> None:
 def test_sample_weights_multiply_items_and_leave_the_denominator(kind: Any) -> None:
     output, target = PAIRS.get(kind, (torch.randn(5, 3), torch.randn(5, 3)))
     sample_weight = torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0])
-    value, weight = judge(kind(), output, target, len(output), sample_weight)
+    value, weight, _ = judge(kind(), output, target, len(output), sample_weight)
     items = BUILT_IN[kind].function(output, target, reduction="none")
     weighted = items * sample_weight.reshape(-1, *(1 for _ in items.shape[1:]))
     torch.testing.assert_close(value * weight, weighted.sum())
@@ -243,3 +244,42 @@ def test_loss_weights_that_do_not_match_are_refused(loss_weights: Any) -> None:
 def test_loss_weights_of_one_loss_are_refused() -> None:
     with pytest.raises(ValueError, match="needs a loss for each output"):
         OutputLosses("mse", [1.0])
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_a_callable_that_gives_one_number_in_any_shape_is_weighted_by_samples(shape: Any) -> None:
+    part = judge(
+        lambda output, target: (output - target).square().mean().reshape(shape), torch.zeros(5, 2), torch.ones(5, 2), 5
+    )
+    assert part.value.dim() == 0
+    assert part.weight == 5
+
+
+def test_a_value_per_class_is_a_mean_over_samples_already() -> None:
+    part = judge(lambda output, target: (output - target).square().mean(0), torch.zeros(5, 2), torch.ones(5, 2), 5)
+    assert (float(part.value), part.weight) == (1.0, 5)
+
+
+def test_bool_targets_are_classes_and_no_mask() -> None:
+    output, target = torch.randn(4, 2), torch.tensor([True, False, True, True])
+    class_weights = torch.tensor([0.2, 3.0])
+    part = judge(nn.CrossEntropyLoss(class_weights), output, target, 4)
+    torch.testing.assert_close(part.value, F.cross_entropy(output, target.long(), class_weights))
+    assert part.weight == pytest.approx(9.2)
+
+
+def test_a_partial_of_torchs_function_is_known_as_its_module_is() -> None:
+    part = judge(functools.partial(F.cross_entropy, ignore_index=2), CLASSES[0], torch.tensor([0, 2, 2, 1, 2]), 5)
+    assert part.weight == 2
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), torch.tensor(-1.0)])
+def test_a_weight_that_is_none_is_refused(weight: Any) -> None:
+    with pytest.raises(ValueError, match="weight returned by loss="):
+        judge(lambda output, target: (output.mean(), weight), torch.zeros(5, 2), torch.ones(5, 2), 5)
+
+
+@pytest.mark.parametrize("loss", ["sparse_categorical_crossentropy", "mean_squared_error"])
+def test_the_names_of_keras_are_answered_with_ours(loss: str) -> None:
+    with pytest.raises(ValueError, match="which is Keras's. Here it is"):
+        Loss(loss)

@@ -928,3 +928,74 @@ def test_a_module_without_anything_to_train_is_refused_by_fit_alone() -> None:
     for train in (lambda: model.fit(X, LABELS, epochs=1, verbose=0), lambda: model.train_on_batch(X, LABELS)):
         with pytest.raises(ValueError, match="trainable parameters"):
             train()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class weights by what the loss takes for a class.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)
+def test_class_weight_of_one_hot_targets_is_that_of_their_indices(dtype: torch.dtype) -> None:
+    losses = []
+    for target in (LABELS, F.one_hot(LABELS, 3).to(dtype)):
+        model = compiled(nn.Linear(3, 3), torch.optim.SGD, "cross_entropy")
+        nn.init.eye_(model.module.weight)
+        nn.init.zeros_(model.module.bias)
+        losses.append(model.train_on_batch(X, target, class_weight={0: 5.0, 2: 0.1}))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)
+def test_class_weight_of_labels_counts_each_label_by_itself(dtype: torch.dtype) -> None:
+    module = nn.Linear(3, 2)
+    target = X[:, :2] > 0
+    weight = torch.where(target, 5.0, 1.0)
+    expected = F.binary_cross_entropy_with_logits(module(X), target.float(), weight).item()
+    model = compiled(module, "sgd", "bce_with_logits")
+    assert model.train_on_batch(X, target.to(dtype), class_weight={1: 5.0}) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_step_of_its_own_does_not_hide_the_number_of_train_on_batch() -> None:
+    class Own(fitkit.Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.module(batch[0]).square().mean()
+
+    model = Own(nn.Linear(3, 1), device="cpu")
+    model.compile("sgd", ["mse", "mse"])
+    assert isinstance(model.train_on_batch(X, [Y, Y]), float)
+
+
+def test_an_output_without_a_loss_needs_no_target() -> None:
+    model = compiled(Two(), "sgd", ["mse", None])
+    assert list(model.fit(X, Y, epochs=1, verbose=0).history) == ["loss", "output_1_loss"]
+
+
+def test_a_whole_batch_of_a_loader_is_one_for_train_on_batch() -> None:
+    model = compiled(nn.Linear(3, 1), "sgd", "mse", learning_rate=0.0)
+    batch = next(iter(DataLoader(TensorDataset(X, Y), batch_size=10)))
+    assert model.train_on_batch(batch) == model.test_on_batch(X, Y)
+
+
+def test_jit_compile_beside_a_step_of_its_own_is_refused() -> None:
+    class Own(fitkit.Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.module(batch[0]).mean()
+
+    with pytest.raises(ValueError, match=r"Call model.module.compile\(\) instead"):
+        Own(nn.Linear(3, 1), device="cpu").compile("sgd", jit_compile=True)
+
+
+def test_a_packed_sequence_is_one_input() -> None:
+    sequence = nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.GRU(3, 1)
+
+        def forward(self, x: Any) -> Tensor:
+            return self.cells(x)[1][0]
+
+    history = compiled(Last(), "sgd", "mse").fit([(sequence, torch.zeros(2, 1))], epochs=1, verbose=0)
+    assert len(history) == 1

@@ -80,9 +80,19 @@ def test_lbfgs_is_refused_because_its_step_needs_a_closure(as_name: bool) -> Non
         make_optimizer("lbfgs" if as_name else torch.optim.LBFGS(module.parameters()), module)
 
 
-def test_a_class_is_refused_with_what_to_write() -> None:
-    with pytest.raises(TypeError, match=r"torch.optim.SGD\(module.parameters\(\), lr=...\)"):
-        make_optimizer(torch.optim.SGD, nn.Linear(2, 1))
+def test_a_class_is_a_callable_that_makes_an_optimizer() -> None:
+    assert isinstance(make_optimizer(torch.optim.SGD, nn.Linear(2, 1)), torch.optim.SGD)
+    with pytest.raises(ValueError, match="no closure"):
+        make_optimizer(torch.optim.LBFGS, nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("name", ["sgd", "sparseadam"])
+def test_an_embedding_with_sparse_gradients_is_trained_by_name(name: str) -> None:
+    module = nn.Embedding(4, 2, sparse=True)
+    made = make_optimizer(name, module)
+    module(torch.tensor([1])).sum().backward()
+    assert made is not None
+    made.step()
 
 
 def test_an_optimizer_over_another_module_is_refused() -> None:

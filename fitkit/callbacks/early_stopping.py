@@ -124,6 +124,7 @@ class EarlyStopping(MonitorCallback):
         if self._best_weights is None or self.best_epoch is None:
             return
         self.model.module.load_state_dict(self._best_weights)
+        self._best_weights = None  # a later run is not to get the weights of this one
         if self.verbose:
             print_line(f"Weights are those of epoch {self.best_epoch + 1} (index {self.best_epoch}), the best one.")
 

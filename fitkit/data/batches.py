@@ -58,9 +58,13 @@ class EpochPlan:
         limit: batches in an epoch; None is one pass.
         argument: how messages name the data, "data" or "validation_data".
         limit_argument: how messages name the limit, such as "steps_per_epoch".
+        anew: whether each epoch starts anew wherever the data can, as validations do to stay comparable.
     """
 
-    def __init__(self, batches: Batches, limit: int | None, argument: str, limit_argument: str) -> None:
+    def __init__(
+        self, batches: Batches, limit: int | None, argument: str, limit_argument: str, *, anew: bool = False
+    ) -> None:
+        self._goes_on = not (anew and batches.again)
         self._batches = batches
         self._limit = limit
         self._argument = argument
@@ -97,7 +101,7 @@ class EpochPlan:
         Raises:
             ValueError: there is no batch, or there are fewer than the limit.
         """
-        if self._limit is not None and self._batches.length is None:
+        if self._limit is not None and self._batches.length is None and self._goes_on:
             return self._going_on(self._limit)
         return self._anew()
 

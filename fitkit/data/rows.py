@@ -139,7 +139,7 @@ def as_rows(value: Any, argument: str, dtype: torch.dtype, device: torch.device)
     """
     if isinstance(value, Tensor):
         _check_tensor(value, argument)
-        return TensorRows(value.detach(), dtype, device)
+        return TensorRows(value.detach(), dtype, device if value.device.type == "cpu" else value.device)
     if isinstance(value, np.ndarray):
         return _numpy_rows(value, argument, dtype, device)
     if is_pandas(value):

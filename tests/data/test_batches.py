@@ -164,3 +164,8 @@ class Unhelpful:
 @pytest.mark.parametrize(("data", "length"), [([1, 2], 2), (iter([1, 2]), None), (Unhelpful(), None)])
 def test_a_length_is_known_where_the_data_tells_it(data: Any, length: int | None) -> None:
     assert known_length(data) == length
+
+
+def test_a_validation_of_a_stream_judges_the_same_batches_each_time() -> None:
+    stream = EpochPlan(Counted(5, sized=False), 2, "validation_data", "validation_steps", anew=True)
+    assert epochs(stream, 3) == [[0, 1]] * 3

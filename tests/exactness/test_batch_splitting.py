@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fitkit
 
@@ -103,3 +104,22 @@ def test_a_batch_that_only_its_library_can_cut_is_refused() -> None:
     model.compile("sgd")
     with pytest.raises(TypeError, match="split by micro_batch_size, received"):
         model.fit([Graphs()], epochs=1, micro_batch_size=4, verbose=0)
+
+
+def test_an_expanded_buffer_does_not_hinder_a_retry() -> None:
+    module = Tight(5)
+    module.register_buffer("expanded", torch.zeros(1).expand(5))
+    assert len(_fit(module, "auto")) == 3
+
+
+def test_splitting_reads_no_number() -> None:
+    class Reads(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Reads.seen += "_local_scalar_dense" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    with Reads():
+        _fit(Tight(1000), 4)
+    assert Reads.seen == 0

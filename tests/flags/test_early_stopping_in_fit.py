@@ -286,3 +286,15 @@ def flip(module: nn.Module, epoch: int) -> None:
     nn.init.zeros_(module.get_parameter("weight"))
     with torch.no_grad():
         module.get_parameter("bias").copy_(torch.tensor([0.0, 1.0] if epoch == 0 else [1.0, 0.0]))
+
+
+def test_the_best_weights_come_back_at_the_end_of_their_own_run_only() -> None:
+    module, x, y = nn.Linear(3, 1), torch.randn(8, 3), torch.randn(8, 1)
+    model = fitkit.Model(module, device="cpu")
+    model.compile("sgd", "mse")
+    stopping = EarlyStopping("loss", restore_best_weights=True)
+    model.fit(x, y, epochs=2, callbacks=[stopping], verbose=0)
+    nn.init.constant_(module.weight, 7.0)
+    with pytest.raises(RuntimeError, match="shapes"):
+        model.predict(torch.randn(2, 5), callbacks=[stopping], verbose=0)
+    assert module.weight.eq(7.0).all()

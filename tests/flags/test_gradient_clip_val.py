@@ -177,3 +177,14 @@ def test_what_is_no_length_is_refused(value: float) -> None:
 def test_what_is_no_number_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match="Expected a number, received gradient_clip_val="):
         fitted(network(), value)
+
+
+@pytest.mark.parametrize("track", [-1, 1, 2])
+def test_only_what_the_optimizer_has_is_clipped(track: float) -> None:
+    module = network()
+    before = [parameter.detach().clone() for parameter in module[2].parameters()]
+    model = fitkit.Model(module, device="cpu")
+    model.compile(torch.optim.SGD(module[2].parameters(), lr=1.0), "mse")
+    model.fit(X, Y, batch_size=24, epochs=1, gradient_clip_val=1.0, track_grad_norm=track, verbose=0)
+    changes = [now.detach() - then for now, then in zip(module[2].parameters(), before, strict=True)]
+    assert float(torch.cat([change.flatten() for change in changes]).norm()) == pytest.approx(1.0, rel=1e-4)
