@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -356,8 +356,7 @@ class Model:
         if batch_size is None and steps is None and self._may_enlarge("validation_step", callbacks):
             batches = batches.in_large_batches()
         plan = _plan(batches, steps)
-        hooks = self._listeners(callbacks, verbose, plan)
-        with self._undisturbed(), loop.reported_errors(hooks):
+        with self._listeners(callbacks, verbose, plan) as hooks, self._undisturbed(), loop.reported_errors(hooks):
             logs = loop.evaluate(loop.TestRun(self, self._test_step(compiled), plan, hooks))
         return self._returned(logs, return_dict)
 
@@ -391,9 +390,8 @@ class Model:
         if batch_size is None and steps is None and self._may_enlarge("predict_step", callbacks):
             batches = batches.in_large_batches()
         plan = _plan(batches, steps)
-        hooks = self._listeners(callbacks, verbose, plan)
         step = PredictStep(self._for_prediction(), self._overridden("predict_step"))
-        with self._undisturbed(), loop.reported_errors(hooks):
+        with self._listeners(callbacks, verbose, plan) as hooks, self._undisturbed(), loop.reported_errors(hooks):
             outputs = loop.predict(loop.PredictRun(self, step, plan, hooks))
         return _joined(outputs)
 
@@ -697,9 +695,16 @@ class Model:
             return True
         return losses is not None and losses.are_means_over_data and metrics is not None and metrics.are_means_over_data
 
-    def _listeners(self, callbacks: Any, verbose: int | str, plan: EpochPlan) -> HookTable:
-        """The hooks of an evaluation or a prediction."""
-        return self._hooks(check_callbacks(callbacks), {"steps": plan.length, "verbose": resolve_verbose(verbose)})
+    @contextmanager
+    def _listeners(self, callbacks: Any, verbose: int | str, plan: EpochPlan) -> Iterator[HookTable]:
+        """The hooks of an evaluation or a prediction; callbacks of a fit around it keep the parameters of the fit."""
+        chosen = check_callbacks(callbacks)
+        before = [(callback, callback.params) for callback in chosen]
+        try:
+            yield self._hooks(chosen, {"steps": plan.length, "verbose": resolve_verbose(verbose)})
+        finally:
+            for callback, params in before:
+                callback.set_params(params)
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         """Inside a fit, what a callback evaluates or predicts changes nothing that the fit draws."""

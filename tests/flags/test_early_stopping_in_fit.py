@@ -298,3 +298,13 @@ def test_the_best_weights_come_back_at_the_end_of_their_own_run_only() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         model.predict(torch.randn(2, 5), callbacks=[stopping], verbose=0)
     assert module.weight.eq(7.0).all()
+
+
+def test_an_evaluation_with_the_same_callback_leaves_it_the_least_number_of_epochs() -> None:
+    x, y = torch.randn(8, 3), torch.randn(8, 1)
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    model.compile("sgd", "mse", learning_rate=0.0)
+    stopping = EarlyStopping("loss", patience=1)
+    evaluating = LambdaCallback(on_epoch_begin=lambda *_: model.evaluate(x, y, callbacks=[stopping], verbose=0))
+    history = model.fit(x, y, epochs=9, min_nb_epochs=4, callbacks=[evaluating, stopping], verbose=0)
+    assert len(history) == 4
