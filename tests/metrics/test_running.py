@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +198,21 @@ def in_one_of_two_processes(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+# Another process cannot import a test by name, only by its file.
+IN_A_PROCESS = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("test_running", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.in_one_of_two_processes(int(sys.argv[2]), sys.argv[3])
+"""
+
+
 @pytest.mark.long
 def test_processes_agree_on_the_values_over_the_data_of_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(in_one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+    command = [sys.executable, "-c", IN_A_PROCESS, __file__]
+    processes = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
     whole = start()
     for seeds, name in (((0, 1), ""), ((2, 3), "_later")):
         for seed in seeds:
