@@ -22,6 +22,7 @@ from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
 from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.checkpoints import load_weights, save_weights
+from fitkit.computation import ClassWeight, Compiled, total_loss
 from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
 from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device
 from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
@@ -32,16 +33,7 @@ from fitkit.losses import OutputLosses
 from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
-from fitkit.steps import (
-    ClassWeight,
-    Compiled,
-    PredictStep,
-    TestStep,
-    TrainStep,
-    held_parameters,
-    total_loss,
-    trained_parameters,
-)
+from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import summarize
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")

@@ -22,6 +22,8 @@ FLOORS = [
     {"model"},
     {"loop", "microbatches"},
     {"steps", "callbacks"},
+    {"numbers"},
+    {"computation"},
     {"windows", "diagnosis"},
     {"data", "metrics", "losses", "optimization", "gradients"},
     {"history", "logs", "summary"},

@@ -1,0 +1,156 @@
+"""The running numbers of one run: losses, metrics, and what the user's step returned beside its loss.
+
+They stay on the device until somebody asks; how a mean is kept is in logs.py, how metrics are in metrics/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fitkit._types import OutputMeaning
+from fitkit.computation import Compiled, Outcome, UserStep
+from fitkit.gradients import GradientNorms
+from fitkit.logs import Tally
+from fitkit.losses import OutputLosses
+from fitkit.metrics import RunningMetrics
+from fitkit.windows import weighted_sum
+
+
+@dataclass
+class Numbers:
+    """The running numbers of one run: losses, metrics and what the user's step returned.
+
+    Attributes:
+        compiled: what `Model.compile` made.
+        several: the losses where each output has its own; None for one loss, also that of a user's step.
+        adds_up: whether the one loss is a sum over samples.
+        tally: running means.
+        metrics: running metrics.
+        last: the latest batch's loss.
+        norms: of the gradients, where they are tracked.
+    """
+
+    compiled: Compiled
+    several: OutputLosses | None
+    adds_up: bool
+    tally: Tally
+    metrics: RunningMetrics
+    last: Tensor | None = None
+    norms: GradientNorms | None = None
+
+    @classmethod
+    def start(cls, compiled: Compiled, user_step: UserStep | None) -> Numbers:
+        """Empty numbers for a new run; they share nothing with those of any other run."""
+        losses = compiled.losses
+        meanings = [OutputMeaning()] if losses is None else losses.meanings
+        several = None if losses is None or losses.names is None or user_step is not None else losses
+        single = None if losses is None or user_step is not None else losses.losses[0]
+        adds_up = single is not None and single.adds_up
+        return cls(
+            compiled, several, adds_up, Tally(compiled.device), compiled.metrics.start(meanings, compiled.device)
+        )
+
+    def reset(self) -> None:
+        """Starts an epoch."""
+        self.tally.reset()
+        self.metrics.reset()
+        self.last = None
+        if self.norms is not None:
+            self.norms.reset()
+
+    def add(self, outcome: Outcome, index: int) -> None:
+        """Takes one batch in, or a part of it; index is the batch's."""
+        if self.several is None:
+            part = outcome.parts[0]
+            self.last = part.value.detach()
+            self.tally.mean("loss", adds_up=self.adds_up).add(self.last, part.weight, index)
+        else:
+            self._add_several(self.several, outcome, index)
+        if outcome.extra:
+            for name, value in outcome.extra.items():
+                number = value.detach().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
+                self.tally.mean(name).add(number.to(self.compiled.device), outcome.weight, index)
+        if self.compiled.metrics.names:
+            self._add_to_metrics(outcome)
+
+    def _add_several(self, losses: OutputLosses, outcome: Outcome, index: int) -> None:
+        assert losses.names is not None  # they are named where there are several
+        for position, part in zip(losses.active, outcome.parts, strict=True):
+            loss = losses.losses[position]
+            mean = self.tally.mean(f"{losses.names[position]}_loss", adds_up=loss is not None and loss.adds_up)
+            mean.add(part.value.detach(), part.weight, index)
+        total = weighted_sum(outcome.parts, [losses.weights[position] for position in losses.active])
+        self.last = None if total is None else total.detach()
+
+    def _add_to_metrics(self, outcome: Outcome) -> None:
+        if not outcome.targets:
+            raise ValueError(
+                f"metrics={self.compiled.metrics.names} need outputs and targets, which a step of your own or a module "
+                'that returns its loss does not show. Return {"loss": ..., "output": ..., "target": ...} from the '
+                "step, or return the metric's value by its name, or compile without metrics."
+            )
+        self.metrics.update([_detached(output) for output in outcome.outputs], outcome.targets, outcome.sample_weights)
+
+    def values(self) -> dict[str, Tensor]:
+        """Every running number as a 0-d tensor on the device, "loss" first."""
+        means = self.tally.values()
+        values = {"loss": self.loss(means), **means}
+        return {**values, **self.metrics.compute()}
+
+    def loss(self, means: Mapping[str, Tensor]) -> Tensor:
+        """The total loss: the mean, or the weighted sum of the outputs' means."""
+        losses = self.several
+        if losses is None or losses.names is None:
+            return means["loss"]
+        total = torch.zeros((), device=self.compiled.device)
+        for position in losses.active:
+            total = total + losses.weights[position] * means[f"{losses.names[position]}_loss"]
+        return total
+
+    def names(self) -> list[str]:
+        """The keys that batch logs have now."""
+        names = ["loss", *(name for name in self.tally.means if name != "loss"), *self.compiled.metrics.names]
+        if self.last is not None:
+            names.append("batch_loss")
+        if self.norms is not None and self.norms.last is not None:
+            names += self.norms.names
+        return names
+
+    def number(self, name: str) -> Tensor:
+        """The running number of that name as a 0-d tensor on the device; KeyError for another name."""
+        if name == "loss":
+            return self.loss(self.tally.values())
+        if name in self.tally.means:
+            return self.tally.means[name].value()
+        if name in self.compiled.metrics.names:
+            return self.metrics.compute([name])[name]
+        if name == "batch_loss" and self.last is not None:
+            return self.last
+        if self.norms is not None and self.norms.last is not None and name in self.norms.names:
+            return self.norms.last[self.norms.names.index(name)]
+        raise KeyError(name)
+
+    def first_bad(self) -> Tensor:
+        """The index of the first batch with a loss that is not finite; -1 when there is none."""
+        judged = ["loss"]
+        if self.several is not None and self.several.names is not None:
+            judged = [f"{self.several.names[position]}_loss" for position in self.several.active]
+        found = [self.tally.mean(name).first_bad() for name in judged]
+        indices = torch.stack([index.to(torch.int64) for index in found])
+        first = torch.where(indices < 0, torch.iinfo(torch.int64).max, indices).min()
+        return torch.where((indices < 0).all(), -1, first)
+
+
+def _detached(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach()
+    if isinstance(output, Mapping):
+        return {key: _detached(value) for key, value in output.items()}
+    if isinstance(output, (tuple, list)):
+        return [_detached(value) for value in output]
+    return output
