@@ -237,3 +237,22 @@ def test_the_epoch_loss_is_the_plain_mean_over_samples() -> None:
     torch.manual_seed(2)
     history = model.fit(X, Y, epochs=1, verbose=0)
     assert history["loss"][0] == pytest.approx(total / len(X), rel=1e-9)
+
+
+def test_a_scheduler_that_steps_with_the_epoch_gives_the_same_weights() -> None:
+    plain, net = make_net(), make_net()
+    optimizers = [OPTIMIZERS["adam"](module.parameters()) for module in (plain, net)]
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.3) for optimizer in optimizers]
+    torch.manual_seed(2)
+    for _ in range(EPOCHS):
+        for x, y in make_loader():
+            optimizers[0].zero_grad()
+            F.cross_entropy(plain(x), y).backward()
+            optimizers[0].step()
+        schedulers[0].step()
+    model = fitkit.Model(net, device="cpu")
+    model.compile(optimizers[1], "cross_entropy")
+    torch.manual_seed(2)
+    stepping = LambdaCallback(on_epoch_end=lambda epoch, logs: schedulers[1].step())
+    model.fit(X, Y, epochs=EPOCHS, verbose=0, callbacks=[stepping])
+    assert_same(net, plain)

@@ -999,3 +999,23 @@ def test_a_packed_sequence_is_one_input() -> None:
 
     history = compiled(Last(), "sgd", "mse").fit([(sequence, torch.zeros(2, 1))], epochs=1, verbose=0)
     assert len(history) == 1
+
+
+def test_a_batch_object_of_a_graph_library_goes_to_the_module_whole() -> None:
+    class Graphs:
+        def __init__(self, count: int) -> None:
+            self.num_graphs, self.y = count, torch.full((count, 1), float(count))
+
+        def to(self, device: torch.device) -> Graphs:
+            return self
+
+    class Net(nn.Linear):
+        def forward(self, graphs: Graphs) -> dict[str, Tensor]:  # type: ignore[override]
+            output = super().forward(torch.ones(graphs.num_graphs, 3))
+            return {"loss": F.mse_loss(output, graphs.y), "output": output}
+
+    data = [Graphs(count) for count in (4, 4, 2)]
+    model = compiled(Net(3, 1), "sgd", learning_rate=0.0)
+    expected = sum(float(model.module(graphs)["loss"].detach()) * graphs.num_graphs for graphs in data) / 10
+    assert model.fit(data, epochs=1, verbose=0)["loss"] == [pytest.approx(expected)]
+    assert model.predict(data, verbose=0)["output"].shape == (10, 1)
