@@ -16,8 +16,9 @@ from fitkit import batch as batches_of
 from fitkit._types import Precision
 from fitkit.device import move, sum_dtype
 from fitkit.errors import check_number
-from fitkit.losses import OutputLosses, Part, check_weight, show_structure
+from fitkit.losses import Part, check_weight, show_structure
 from fitkit.metrics import CompiledMetrics
+from fitkit.output_losses import OutputLosses
 from fitkit.windows import weighted_sum
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fitkit import loop
 from fitkit.batch import join, unpack
-from fitkit.callbacks import Callback, EarlyStopping, ProgressBar
+from fitkit.callbacks import Callback, EarlyStopping, LambdaCallback, ProgressBar
 from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
 from fitkit.callbacks.monitor import MonitorCallback
@@ -29,10 +29,10 @@ from fitkit.errors import check_choice, check_flag, check_integer, check_number,
 from fitkit.flags import MAX_NB_EPOCHS, TrainingFlags
 from fitkit.gradients import kept_gradients, norm_names
 from fitkit.history import History
-from fitkit.losses import OutputLosses
 from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
+from fitkit.output_losses import OutputLosses
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import summarize
 
@@ -658,7 +658,7 @@ class Model:
         adding = [
             callback
             for callback in callbacks
-            if not type(callback).__module__.startswith("fitkit.") or type(callback).__name__ == "LambdaCallback"
+            if not type(callback).__module__.startswith("fitkit.") or isinstance(callback, LambdaCallback)
         ]
         may_be_added = own_steps or any(
             {"on_epoch_end", "on_test_end"} & set(implemented_hooks(callback)) for callback in adding

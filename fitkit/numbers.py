@@ -16,8 +16,8 @@ from fitkit._types import OutputMeaning
 from fitkit.computation import Compiled, Outcome, UserStep
 from fitkit.gradients import GradientNorms
 from fitkit.logs import Tally
-from fitkit.losses import OutputLosses
 from fitkit.metrics import RunningMetrics
+from fitkit.output_losses import OutputLosses
 from fitkit.windows import weighted_sum
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fitkit.device import sum_dtype
-from fitkit.losses import OutputLosses, Part, Weight
+from fitkit.losses import Part, Weight
+from fitkit.output_losses import OutputLosses
 
 
 @final

@@ -25,6 +25,7 @@ FLOORS = [
     {"numbers"},
     {"computation"},
     {"windows", "diagnosis"},
+    {"output_losses"},
     {"data", "metrics", "losses", "optimization", "gradients"},
     {"history", "logs", "summary"},
     {"batch", "checkpoints", "device", "distributed", "flags"},

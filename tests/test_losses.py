@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fitkit.losses import BUILT_IN, Loss, OutputLosses, Part, known_losses
+from fitkit.losses import BUILT_IN, Loss, Part, known_losses
 
 CLASSES = (torch.randn(5, 3), torch.tensor([0, 2, -100, 1, 2]))
 PAIRS: dict[Any, tuple[Tensor, Tensor]] = {
@@ -219,31 +219,6 @@ def test_a_subclass_with_a_forward_of_its_own_is_the_users() -> None:
 )
 def test_the_loss_says_what_the_outputs_are(loss: str, scale: str) -> None:
     assert Loss(loss).meaning.scale == scale
-
-
-def test_losses_of_several_outputs_are_named_by_key_or_position() -> None:
-    assert OutputLosses({"a": "mse", "b": "bce"}).names == ["a", "b"]
-    assert OutputLosses(["mse", None, "bce"]).names == ["output_1", "output_2", "output_3"]
-
-
-def test_outputs_that_do_not_match_the_losses_are_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"the keys of loss, \['a', 'b'\], received the keys \['a'\]; missing: \['b'\]"
-    ):
-        OutputLosses({"a": "mse", "b": "bce"}).select({"a": torch.ones(2)}, "y")
-    with pytest.raises(ValueError, match="y to have 2 parts since loss has 2, received tensor of shape"):
-        OutputLosses(["mse", "bce"]).select(torch.ones(3), "y")
-
-
-@pytest.mark.parametrize("loss_weights", [[1.0], {"c": 1.0}, 2.0])
-def test_loss_weights_that_do_not_match_are_refused(loss_weights: Any) -> None:
-    with pytest.raises(ValueError, match="Expected .*loss_weights"):
-        OutputLosses({"a": "mse", "b": "bce"}, loss_weights)
-
-
-def test_loss_weights_of_one_loss_are_refused() -> None:
-    with pytest.raises(ValueError, match="needs a loss for each output"):
-        OutputLosses("mse", [1.0])
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)])
