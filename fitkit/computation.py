@@ -86,7 +86,9 @@ class Computation:
         self._class_weight = class_weight
         self._moves = compiled.device.type != "cpu" or compiled.precision == "64-true"
         self._dtype = torch.float64 if compiled.precision == "64-true" else None
-        self._names = ["loss"] if compiled.losses is None else compiled.losses.names or ["loss"]
+        # The one loss of a module with one output, and what is called: looked up once.
+        self._loss = None if compiled.losses is None or compiled.losses.keys is not None else compiled.losses.losses[0]
+        self._forward = compiled.forward
 
     def __call__(self, batch: Any, index: int) -> Outcome:
         on_host = batch
@@ -95,7 +97,7 @@ class Computation:
         if self._user_step is not None:
             return self._user_outcome(self._user_step(batch, index), batch)
         x, y, sample_weight = batches_of.unpack(batch)
-        output = batches_of.call(self._compiled.forward, x)
+        output = self._forward(x) if isinstance(x, Tensor) else batches_of.call(self._forward, x)
         size = batches_of.count_samples(x, y)
         losses = self._compiled.losses
         if losses is None:
@@ -107,9 +109,8 @@ class Computation:
             )
         if self._class_weight is not None:
             sample_weight = self._class_weight(output, y, sample_weight)
-        if losses.keys is None:
-            loss = losses.losses[0]
-            assert loss is not None  # a single loss is never None
+        loss = self._loss
+        if loss is not None:
             target_on_host = batches_of.unpack(on_host)[1] if self._moves else y
             target = loss.fit_target(output, y)
             part = loss(output, target, size, sample_weight, target_on_host)

@@ -16,14 +16,14 @@ from torch import Tensor
 from fitkit.device import sum_dtype
 
 # How many batches are summed up at once. Each held value is a 0-d tensor.
-HELD = 64
+HELD = 256
 
 
 @final
 class Mean:
     """A mean over data: the sum of value x weight over the sum of weight, exact for any slicing of the data.
 
-    Values wait, as tensors on the device, until 64 of them are summed in one go; weights that the host knows are
+    Values wait, as tensors on the device, until 256 of them are summed in one go; weights that the host knows are
     summed on the host. A weight of 0 takes its value out, also when that is NaN (a batch without any target).
 
     Args:

@@ -73,6 +73,8 @@ SHORT_NAMES: dict[str, type[nn.Module]] = {
     "bce_with_logits": nn.BCEWithLogitsLoss,
     "ce": nn.CrossEntropyLoss,
 }
+# Up to so many targets are counted faster one by one than by NumPy.
+SHORT = 128
 
 # What to write for the names that users of Keras try first.
 KERAS_NAMES = {
@@ -113,7 +115,8 @@ class Loss:
         self.module, self.built_in = _recognised(loss, argument)
         self.call: Callable[..., Any] = self.module if self.module is not None else loss
         if self.module is not None and self.module is not loss:
-            self.call = self.module.forward  # nobody has hooks on a module that was made here
+            # Nobody has hooks on a module that was made here; a name means torch's function as it is.
+            self.call = self.built_in.function if isinstance(loss, str) else self.module.forward  # type: ignore[union-attr]
         if self.built_in is not None and self.module.reduction == "none":  # type: ignore[union-attr]
             self.call = self.module = _with_reduction(self.module, "mean")
         self.reduction = getattr(self.module, "reduction", "mean")
@@ -227,19 +230,20 @@ class Loss:
             return output.numel()
         if target.is_floating_point():
             return target.numel() // target.shape[1] if target.dim() > 1 else 1
-        counted = host_target if isinstance(host_target, Tensor) and host_target.device.type == "cpu" else target
-        return self._count(counted)
+        return self._count(host_target if isinstance(host_target, Tensor) and host_target.is_cpu else target)
 
     def _count(self, target: Tensor) -> Weight:
         """The number of targets that are not ignored, or the sum of their class weights."""
         assert isinstance(self.module, (nn.CrossEntropyLoss, nn.NLLLoss))  # the losses that average over targets
-        ignored, class_weights = self.module.ignore_index, self.module.weight
-        if target.device.type != "cpu":
+        ignored = self.module.ignore_index
+        if not target.is_cpu:
             kept = target != ignored
-            if class_weights is None:
+            if self._class_weights is None:
                 return kept.sum()
-            return (class_weights[target.clamp(min=0)] * kept).sum()
-        # NumPy counts what is on the host without asking torch for a number.
+            return (self.module.weight[target.clamp(min=0)] * kept).sum()  # type: ignore[index]
+        # What is on the host is counted without asking torch for a number: a short list as it is, the rest by NumPy.
+        if self._class_weights is None and target.dim() == 1 and target.shape[0] <= SHORT:
+            return target.shape[0] - target.tolist().count(ignored)
         classes = target.numpy()
         if self._class_weights is None:
             return classes.size - int(numpy.count_nonzero(classes == ignored))
@@ -270,6 +274,8 @@ def fit_classes(output: Tensor, target: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: the shapes or the dtype fit neither.
     """
+    if target.dtype is torch.int64 and output.dim() == 2 and target.shape == output.shape[:1]:
+        return target  # the usual case
     if target.shape == output.shape and output.dim() > 1:
         return target if target.dtype == output.dtype else target.to(output.dtype)
     if not target.is_floating_point():

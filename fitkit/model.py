@@ -276,6 +276,7 @@ class Model:
             self._class_weight(class_weight, sample_weight),
             gradient_clip_val=flags.gradient_clip_val,
             norm_order=float(flags.track_grad_norm),
+            owns_batches=training.owned,
         )
         batches = _training_plan(training, flags)
         level = resolve_verbose(verbose)
@@ -300,7 +301,7 @@ class Model:
         hooks = self._hooks(chosen, params, self.history)
         validation = None
         if validation_plan is not None:
-            validation = loop.TestRun(self, self._test_step(compiled), validation_plan, hooks)
+            validation = loop.TestRun(self, self._test_step(compiled, held_out), validation_plan, hooks)
         self.stop_training = False
         self._is_fitting = True
         try:
@@ -349,7 +350,7 @@ class Model:
             batches = batches.in_large_batches()
         plan = _plan(batches, steps)
         with self._listeners(callbacks, verbose, plan) as hooks, self._undisturbed(), loop.reported_errors(hooks):
-            logs = loop.evaluate(loop.TestRun(self, self._test_step(compiled), plan, hooks))
+            logs = loop.evaluate(loop.TestRun(self, self._test_step(compiled, batches), plan, hooks))
         return self._returned(logs, return_dict)
 
     def predict(
@@ -565,8 +566,9 @@ class Model:
         step: Callable[[Any, int], Any] = getattr(self, name)
         return None if getattr(step, "__func__", None) is getattr(Model, name) else step
 
-    def _test_step(self, compiled: Compiled) -> TestStep:
-        return TestStep(compiled, self._overridden("validation_step"))
+    def _test_step(self, compiled: Compiled, batches: Batches | None = None) -> TestStep:
+        owned = batches is not None and batches.owned
+        return TestStep(compiled, self._overridden("validation_step"), owns_batches=owned)
 
     def _check_steps(self, *, validates: bool) -> None:
         needs_loss = self._require_compiled().losses is None and self._overridden("training_step") is not None

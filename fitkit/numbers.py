@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fitkit._types import OutputMeaning
+from fitkit.batch import copied
 from fitkit.computation import Compiled, Outcome, UserStep
 from fitkit.gradients import GradientNorms
 from fitkit.logs import Tally
@@ -29,6 +30,7 @@ class Numbers:
         compiled: what `Model.compile` made.
         several: the losses where each output has its own; None for one loss, also that of a user's step.
         adds_up: whether the one loss is a sum over samples.
+        owns_batches: whether nobody writes into a batch's memory after its step.
         tally: running means.
         metrics: running metrics.
         last: the latest batch's loss.
@@ -38,22 +40,22 @@ class Numbers:
     compiled: Compiled
     several: OutputLosses | None
     adds_up: bool
+    owns_batches: bool
     tally: Tally
     metrics: RunningMetrics
     last: Tensor | None = None
     norms: GradientNorms | None = None
 
     @classmethod
-    def start(cls, compiled: Compiled, user_step: UserStep | None) -> Numbers:
+    def start(cls, compiled: Compiled, user_step: UserStep | None, *, owns_batches: bool) -> Numbers:
         """Empty numbers for a new run; they share nothing with those of any other run."""
         losses = compiled.losses
         meanings = [OutputMeaning()] if losses is None else losses.meanings
         several = None if losses is None or losses.names is None or user_step is not None else losses
         single = None if losses is None or user_step is not None else losses.losses[0]
         adds_up = single is not None and single.adds_up
-        return cls(
-            compiled, several, adds_up, Tally(compiled.device), compiled.metrics.start(meanings, compiled.device)
-        )
+        metrics = compiled.metrics.start(meanings, compiled.device)
+        return cls(compiled, several, adds_up, owns_batches and user_step is None, Tally(compiled.device), metrics)
 
     def reset(self) -> None:
         """Starts an epoch."""
@@ -66,9 +68,9 @@ class Numbers:
     def add(self, outcome: Outcome, index: int) -> None:
         """Takes one batch in, or a part of it; index is the batch's."""
         if self.several is None:
-            part = outcome.parts[0]
-            self.last = part.value.detach()
-            self.tally.mean("loss", adds_up=self.adds_up).add(self.last, part.weight, index)
+            value, weight, _ = outcome.parts[0]
+            self.last = value.detach()
+            self.tally.mean("loss", adds_up=self.adds_up).add(self.last, weight, index)
         else:
             self._add_several(self.several, outcome, index)
         if outcome.extra:
@@ -94,7 +96,12 @@ class Numbers:
                 'that returns its loss does not show. Return {"loss": ..., "output": ..., "target": ...} from the '
                 "step, or return the metric's value by its name, or compile without metrics."
             )
-        self.metrics.update([_detached(output) for output in outcome.outputs], outcome.targets, outcome.sample_weights)
+        outputs = [_settled(output) for output in outcome.outputs]
+        targets, weights = outcome.targets, outcome.sample_weights
+        if not self.owns_batches:
+            targets = [copied(target) for target in targets]
+            weights = None if weights is None else [copied(weight) for weight in weights]
+        self.metrics.update(outputs, targets, weights)
 
     def values(self) -> dict[str, Tensor]:
         """Every running number as a 0-d tensor on the device, "loss" first."""
@@ -146,11 +153,17 @@ class Numbers:
         return torch.where((indices < 0).all(), -1, first)
 
 
-def _detached(output: Any) -> Any:
+def _settled(output: Any) -> Any:
+    """The output apart from its graph, in memory that nobody writes to: metrics look at it later, with others.
+
+    A module or a compiled graph may write its next output where it wrote this one. One that autograd has just made on
+    the CPU, in memory of its own, is as safe as its copy.
+    """
     if isinstance(output, Tensor):
-        return output.detach()
+        is_new = output.grad_fn is not None and output._version == 0 and not output._is_view() and output.is_cpu
+        return output.detach() if is_new else output.detach().clone()
     if isinstance(output, Mapping):
-        return {key: _detached(value) for key, value in output.items()}
+        return {key: _settled(value) for key, value in output.items()}
     if isinstance(output, (tuple, list)):
-        return [_detached(value) for value in output]
+        return [_settled(value) for value in output]
     return output

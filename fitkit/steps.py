@@ -32,6 +32,7 @@ class TrainStep:
         class_weight: weight of each class.
         gradient_clip_val: norm to which the gradients are clipped; 0 is off.
         norm_order: p of the gradient norms to track; -1 is off.
+        owns_batches: whether nobody writes into a batch's memory after its step.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class TrainStep:
         class_weight: ClassWeight | None = None,
         gradient_clip_val: float = 0.0,
         norm_order: float = -1,
+        owns_batches: bool = False,
     ) -> None:
         if compiled.optimizer is None and user_step is None:
             raise ValueError("Expected a module with trainable parameters, received one that has none to train.")
-        self.numbers = Numbers.start(compiled, user_step)
+        self.numbers = Numbers.start(compiled, user_step, owns_batches=owns_batches)
         self.logs = BatchLogs(self.numbers)
         self.device = compiled.device
         self._compute = Computation(compiled, user_step, class_weight)
@@ -115,10 +117,11 @@ class TrainStep:
     def _has_gradient(self, outcome: Outcome) -> bool:
         """Whether there is something to go backward from; not after a step of the user's that trained by itself."""
         had_trained, self._by_hand = self._by_hand, False
-        if any(part.value.requires_grad for part in outcome.parts):
-            if had_trained:
-                self._clear_gradients()
-            return True
+        for part in outcome.parts:
+            if part.value.requires_grad:
+                if had_trained:
+                    self._clear_gradients()
+                return True
         if not self._may_train_by_hand:
             raise ValueError(
                 "Expected a loss with a gradient, received one that depends on no trainable parameter. Is the output "
@@ -242,25 +245,27 @@ class TestStep:
     Args:
         compiled: what `Model.compile` made.
         user_step: an overridden validation_step.
+        owns_batches: whether nobody writes into a batch's memory after its step.
     """
 
     __test__ = False  # not a test for pytest
 
-    def __init__(self, compiled: Compiled, user_step: UserStep | None = None) -> None:
-        self.numbers = Numbers.start(compiled, user_step)
+    def __init__(self, compiled: Compiled, user_step: UserStep | None = None, *, owns_batches: bool = False) -> None:
+        self.numbers = Numbers.start(compiled, user_step, owns_batches=owns_batches)
         self.logs = BatchLogs(self.numbers)
         self._compute = Computation(compiled, user_step)
         self._autocast = autocast(compiled.precision, compiled.device)
+        self._no_grad = torch.no_grad()
 
     def begin_epoch(self) -> None:
         """Empties the running numbers."""
         self.numbers.reset()
 
-    @torch.no_grad()
     def __call__(self, batch: Any, index: int) -> None:
-        with self._autocast:
-            outcome = self._compute(batch, index)
-        self.numbers.add(outcome, index)
+        with self._no_grad:
+            with self._autocast:
+                outcome = self._compute(batch, index)
+            self.numbers.add(outcome, index)
 
     def finish(self) -> None:
         """Nothing is open at the end of an epoch."""
@@ -287,12 +292,12 @@ class PredictStep:
         self._autocast = autocast(compiled.precision, compiled.device)
         self._moves = compiled.device.type != "cpu" or compiled.precision == "64-true"
         self._dtype = torch.float64 if compiled.precision == "64-true" else None
+        self._no_grad = torch.no_grad()
 
-    @torch.no_grad()
     def __call__(self, batch: Any, index: int) -> None:
         if self._moves:
             batch = move(batch, self._compiled.device, self._dtype)
-        with self._autocast:
+        with self._no_grad, self._autocast:
             if self._user_step is not None:
                 output = self._user_step(batch, index)
             else:

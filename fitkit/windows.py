@@ -41,6 +41,9 @@ class Window:
     def discard(self) -> None:
         """Forgets the micro-batches so far."""
         self.size = 0
+        self.is_complete = True
+        # Whether any micro-batch had a target; taken for granted where only the device knows.
+        self.holds_something = False
         self._taken = 0
         self._batches_left = 0
         self._expected: list[float] = []
@@ -49,14 +52,14 @@ class Window:
         self._gradients: list[list[Tensor | None]] = []
 
     def open(self, batches: int, parts: int = 1) -> None:
-        """Begins a window.
+        """Begins a window; the one before was discarded.
 
         Args:
             batches: how many complete it.
             parts: micro-batches that each of them is expected to come in.
         """
-        self.discard()
         self.size = batches * parts
+        self.is_complete = False
         self._batches_left = batches
 
     def state(self) -> dict[str, Any]:
@@ -74,20 +77,12 @@ class Window:
     def end_batch(self) -> None:
         """Counts a batch, all of whose parts have been taken."""
         self._batches_left -= 1
-
-    @property
-    def is_complete(self) -> bool:
-        return self._batches_left <= 0
+        self.is_complete = self._batches_left <= 0
 
     @property
     def is_separate(self) -> bool:
         """Whether each output's loss goes backward by itself."""
         return self._outputs_differ and self.size > 1
-
-    @property
-    def holds_something(self) -> bool:
-        """Whether any micro-batch had a target; taken for granted where only the device knows."""
-        return any(isinstance(weight, Tensor) or weight > 0 for weight in self._actual)
 
     def take(self, parts: Sequence[Part]) -> tuple[Tensor | None, Tensor | None]:
         """Adds a micro-batch to the window.
@@ -104,8 +99,9 @@ class Window:
         """
         self._taken += 1
         if self.size == 1:
-            self._actual = [part.weight for part in parts]
-            return weighted_sum(parts, self._shares), None
+            loss = weighted_sum(parts, self._shares)
+            self.holds_something = loss is not None
+            return loss, None
         self._ratios = [self._ratio(index, part.weight, part.most) for index, part in enumerate(parts)]
         if self.is_separate:
             return None, None
@@ -128,6 +124,7 @@ class Window:
             self._actual.append(weight)
         else:
             self._actual[index] = self._actual[index] + weight
+        self.holds_something = self.holds_something or isinstance(weight, Tensor) or weight > 0
         return 1.0 if self._adds_up[index] else weight / self._expected[index]
 
     def _seed(self, ratio: Weight, loss: Tensor) -> Tensor:
@@ -158,10 +155,11 @@ class Window:
 
     def close(self, parameters: Sequence[nn.Parameter]) -> None:
         """Leaves in the parameters the gradient of the batch that the micro-batches make up."""
-        if self.is_separate:
-            self._join(parameters)
+        if self.size == 1:
             return
-        if self.size > 1 and not self._adds_up[0]:
+        if self._outputs_differ:
+            self._join(parameters)
+        elif not self._adds_up[0]:
             factor = self._correction(0)
             if isinstance(factor, Tensor) or factor != 1.0:
                 _multiply([parameter.grad for parameter in parameters], factor)
@@ -194,6 +192,9 @@ def _multiply(gradients: Sequence[Tensor | None], factor: Weight) -> None:
 
 def weighted_sum(parts: Sequence[Part], shares: Sequence[float]) -> Tensor | None:
     """The total loss of a batch; None when no output had a target."""
+    if len(parts) == 1 and shares[0] == 1.0:  # the usual case
+        value, weight, _ = parts[0]
+        return value if isinstance(weight, Tensor) or weight > 0 else None
     total: Tensor | None = None
     for part, share in zip(parts, shares, strict=True):
         if not isinstance(part.weight, Tensor) and part.weight == 0:

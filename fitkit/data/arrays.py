@@ -73,6 +73,8 @@ class ArrayBatches(Batches):
         TypeError: what came is no array of numbers.
     """
 
+    owned = True
+
     def __init__(
         self,
         parts: tuple[Any, ...],
@@ -93,6 +95,7 @@ class ArrayBatches(Batches):
             as_rows(value, argument, dtype, device) for layout in layouts for argument, value in layout.leaves
         ]
         self.samples = _common_length(self._rows, [argument for layout in layouts for argument, _ in layout.leaves])
+        self._is_bare = bare and len(parts) == 1 and is_array(parts[0])
         self._build = _builder(parts, layouts, bare)
         self.parts = len(parts)
         self.length = -(-self.samples // batch_size)
@@ -106,7 +109,9 @@ class ArrayBatches(Batches):
             chunks = [rows.cut(start, stop) if order is None else rows.take(order[start:stop]) for rows in self._rows]
             # Batches are pieces of a chunk, but no views to autograd: a module may work in place on its input.
             cuts = [torch.unsafe_split(chunk, size) for chunk in chunks]
-            if self._build is None:
+            if self._is_bare:
+                yield from cuts[0]
+            elif self._build is None:
                 yield from zip(*cuts, strict=True)
             else:
                 for leaves in zip(*cuts, strict=True):

@@ -18,11 +18,13 @@ class Batches(abc.ABC):
     Attributes:
         length: batches in one pass; None when the data does not tell.
         again: whether a second pass is possible. A generator gives one.
+        owned: whether nobody writes into the memory of a batch after it was given.
         parts: 1 for batches of x, 2 for (x, y), 3 for (x, y, sample_weight); None where only a batch tells.
     """
 
     length: int | None = None
     again: bool = True
+    owned: bool = False
     parts: int | None = None
 
     @abc.abstractmethod

@@ -18,6 +18,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    default_collate,
 )
 
 from fitkit.data.batches import Batches, known_length
@@ -39,6 +40,9 @@ class LoaderBatches(Batches):
         self._dtype = dtype
         self._cast = cast
         self.length = known_length(loader)
+        # torch stacks samples into new memory; workers' memory is better given back.
+        stacks = loader.collate_fn is default_collate and loader.batch_sampler is not None
+        self.owned = stacks and loader.num_workers == 0
 
     def __iter__(self) -> Iterator[Any]:
         return (with_tensors(batch, self._dtype, cast=self._cast) for batch in self._loader)

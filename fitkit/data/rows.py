@@ -228,6 +228,8 @@ def with_tensors(batch: Any, dtype: torch.dtype, *, cast: bool = False) -> Any:
     """
     if isinstance(batch, Tensor):
         return batch.to(dtype) if cast and batch.is_floating_point() else batch
+    if type(batch) in (tuple, list) and not cast and set(map(type, batch)) == {Tensor}:
+        return batch  # the usual case
     if isinstance(batch, np.ndarray):
         if batch.ndim == 0 or batch.dtype.kind not in "biufc":
             return batch

@@ -61,6 +61,8 @@ class TensorLoaderBatches(Batches):
         dtype: as in `LoaderBatches`, for data in order.
     """
 
+    owned = True
+
     def __init__(self, loader: DataLoader[Any], dtype: torch.dtype) -> None:
         self._loader = loader
         self._dtype = dtype

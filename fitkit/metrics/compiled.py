@@ -200,10 +200,9 @@ def _flat_entries(metrics: Any, argument: str, prefix: str, output: int, weighte
 def _entry(metric: Any, key: str | None, argument: str, prefix: str, output: int, weighted: bool) -> Entry:
     if isinstance(metric, str):
         found = find_metric(argument, metric)
-        named = found.weighted if weighted else found
-        if named is None:
+        if weighted and not found.takes_weights:
             raise _not_weighable(argument, metric)
-        return Entry((prefix + (metric if key is None else key),), output, named, weighted)
+        return Entry((prefix + (metric if key is None else key),), output, found, weighted)
     if inspect.isclass(metric):
         raise TypeError(
             f"Expected {FORMS}, received the class {argument}={metric.__name__}. Write {metric.__name__}(...)."

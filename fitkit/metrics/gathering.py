@@ -1,6 +1,6 @@
-"""The metrics by name of one output: batches wait, bounded in number and size, and are given to torchmetrics at once.
+"""The metrics by name of one output: batches wait, bounded in number and size, and are summed up at once.
 
-Which class of torchmetrics that is stands in names.py, and what it is given in readings.py.
+What sums them up, most often a class of torchmetrics, stands in names.py, and what it is given in readings.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,13 @@ from torch import Tensor
 from fitkit._types import OutputMeaning, Structure
 from fitkit.metrics.names import NamedMetric
 from fitkit.metrics.readings import Given, Reading, Rows, check_pair, check_scale, read_classes, read_values
-from fitkit.metrics.states import apart, join_into, load_into, state_of
+from fitkit.metrics.states import Keeper, apart, join_into, load_into, state_of
 
-if TYPE_CHECKING:
-    from torchmetrics import Metric
-
-# How many batches wait, and how many elements they hold together at most: 4 MB of float32.
-HELD_BATCHES = 64
+# How many batches wait, and how many elements they hold together at most: 4 MB of float32. On the CPU a batch of more
+# than so many elements does not wait: while it is in the cache, looking at it costs less than laying it aside.
+HELD_BATCHES = 256
 HELD_ELEMENTS = 2**20
+CACHED_ELEMENTS = 2**13
 # How many elements of a larger batch are looked at together: 64 MB of float32.
 PIECE_ELEMENTS = 2**24
 
@@ -46,6 +45,7 @@ class Gathering:
         self._named = dict(metrics)
         self._meaning = meaning
         self._weighted = weighted
+        self._most_waiting = CACHED_ELEMENTS if device.type == "cpu" else HELD_ELEMENTS
         self._read = read_values if "regression" in next(iter(metrics.values())).tasks else read_classes
         self._names = ", ".join(repr(key) for key in metrics)
         self.reset()
@@ -55,42 +55,58 @@ class Gathering:
         self._reading: Reading | None = None
         self._shapes: object = None
         self._samples = 0
+        self._batch_samples = self._batch_elements = 0
+        self._are_rows = False
+        self._most_batches = HELD_BATCHES
         self._held: list[tuple[Tensor, ...]] = []
         self._held_elements = 0
         # The metric of each key, and those that are updated: metrics that inherit one update, and are given the same,
         # keep the same states, which one of them keeps for all.
-        self._metrics: dict[str, tuple[Metric, Metric]] = {}
-        self._keepers: dict[tuple[object, Given], Metric] = {}
+        self._metrics: dict[str, tuple[Keeper, Keeper]] = {}
+        self._keepers: dict[tuple[object, Given], Keeper] = {}
 
     def update(self, output: Structure, target: Structure, weight: Tensor | None) -> None:
         """Takes in one batch; one without samples changes nothing."""
-        output, target = check_pair(self._names, output, target)
-        if not len(output):
-            return
-        shapes = (output.shape, target.shape, target.dtype)
-        if shapes != self._shapes:
+        # Batches like the one before need no second look.
+        if not self._is_alike(output, target):
+            output, target = check_pair(self._names, output, target)
+            if not len(output):
+                return
             self._look(output, target)
-            self._shapes = shapes
-        assert self._reading is not None  # _look sets it
-        if self._weighted and weight is None:
-            weight = torch.ones(len(output), device=output.device)
-        rows = self._reading.align(output, target, weight if self._weighted else None)
-        elements = sum(part.numel() for part in rows)
-        if self._held_elements + elements > HELD_ELEMENTS:
+        rows: tuple[Tensor, ...] = (output, target)
+        if self._weighted:
+            weight = torch.ones(len(output), device=output.device) if weight is None else weight
+            rows = self._reading.align(output, target, weight)  # type: ignore[union-attr]  # _look sets it
+        elif not self._are_rows:
+            rows = self._reading.align(output, target)  # type: ignore[union-attr]
+        if self._held_elements + self._batch_elements > HELD_ELEMENTS:
             self._sum_up()
-        # The first batch does not wait, so that what a metric refuses is refused there. Nor does any where algorithms
-        # must be deterministic: there torchmetrics counts with classes x classes x rows of memory.
-        last = not self._samples or len(self._held) + 1 >= HELD_BATCHES or elements > HELD_ELEMENTS
-        last = last or torch.are_deterministic_algorithms_enabled()
-        # A copy, unless joining makes one now: a loader may fill the same memory again, and so may a compiled module.
-        self._held.append(rows if last else tuple(part.clone() for part in rows))
-        self._held_elements += elements
-        if last:
+        # The first batch does not wait, so that what a metric refuses is refused there.
+        waits = self._samples and self._batch_elements <= self._most_waiting
+        self._samples += self._batch_samples
+        self._held.append(rows)
+        self._held_elements += self._batch_elements
+        if not waits or len(self._held) >= self._most_batches:
             self._sum_up()
-        self._samples += len(output)
+
+    def _is_alike(self, output: Structure, target: Structure) -> bool:
+        """Whether the batch has the shapes of the one before."""
+        pair = isinstance(output, Tensor) and isinstance(target, Tensor)
+        return pair and (output.shape, target.shape, target.dtype) == self._shapes
 
     def _look(self, output: Tensor, target: Tensor) -> None:
-        """Decides how a batch of new shapes is read, and whether that fits the metrics and the batches before."""
+        """Decides how batches of new shapes are read, and whether that fits the metrics and the batches before."""
+        self._decide(output, target)
+        assert self._reading is not None  # it is decided
+        rows = self._reading.align(output, target)
+        self._are_rows = rows[0] is output and rows[1] is target
+        self._batch_samples = len(output)
+        self._batch_elements = sum(part.numel() for part in rows) + (rows[1].numel() if self._weighted else 0)
+        # Where algorithms must be deterministic, torchmetrics counts with classes x classes x rows of memory.
+        self._most_batches = 1 if torch.are_deterministic_algorithms_enabled() else HELD_BATCHES
+        self._shapes = (output.shape, target.shape, target.dtype)
+
+    def _decide(self, output: Tensor, target: Tensor) -> None:
         reading, before = self._read(self._names, output, target, self._meaning), self._reading
         if before is None:
             for key, metric in self._named.items():
@@ -150,7 +166,7 @@ class Gathering:
         if self._samples < named.least:
             return undefined
         if metric is not keeper:
-            metric.load_state_dict(keeper.metric_state)
+            load_into(metric, state_of(keeper), self._device)
         try:
             return named.finish(metric.compute())
         except IndexError:  # so torchmetrics says that no row is left, as when every target is ignored

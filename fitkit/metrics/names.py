@@ -1,4 +1,4 @@
-"""The metrics that have a name: which class of torchmetrics computes each, and from what.
+"""The metrics that have a name: what computes each, a class of torchmetrics or a plain mean, and from what.
 
 A value is what torchmetrics' class defines: means over classes and labels are macro, "mape" is a fraction and not a
 percentage. How an output is read, so that nothing is guessed from values, is in readings.py; what users bring is in
@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fitkit.errors import unknown_name
-from fitkit.metrics.readings import IGNORED, Given, Reading, Rows, Task, hits, weighed
-from fitkit.metrics.states import build
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric
+from fitkit.metrics.readings import IGNORED, Given, Reading, Rows, Task, weighed
+from fitkit.metrics.states import Keeper, build
+from fitkit.metrics.weighted_mean import WeightedMean
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class NamedMetric:
 
     Attributes:
         name: the name without alias.
-        computed_by: the class in torchmetrics, or "WeightedMean" (weighted_mean.py).
+        computed_by: the class in torchmetrics, or None for a mean over items (weighted_mean.py).
         given: what its update is called with.
         tasks: on what kinds of output it is defined.
         higher_is_better: whether a larger value is the better one.
@@ -38,12 +36,11 @@ class NamedMetric:
         read_as: the task that torchmetrics is told, where it is another than the reading's.
         needs_scale: for which tasks the loss must tell whether outputs are logits.
         least: how many samples it needs; the value of fewer is NaN.
-        finish: from what torchmetrics computes to one number.
-        weighted: what is computed when items have weights; None when it cannot take any.
+        finish: from what is computed to one number.
     """
 
     name: str
-    computed_by: str
+    computed_by: str | None
     given: Given
     tasks: tuple[Task, ...]
     higher_is_better: bool
@@ -52,16 +49,22 @@ class NamedMetric:
     needs_scale: tuple[Task, ...] = ()
     least: int = 1
     finish: Callable[[Tensor], Tensor] = Tensor.mean
-    weighted: NamedMetric | None = None
 
-    def build(self, reading: Reading, device: torch.device) -> Metric:
+    @property
+    def takes_weights(self) -> bool:
+        """Whether it is a mean over items, and so can weigh them."""
+        return self.computed_by is None
+
+    def build(self, reading: Reading, device: torch.device) -> Keeper:
         """What computes the metric of such rows."""
+        if self.computed_by is None:
+            return WeightedMean(device)
         return build(self.computed_by, device, **self._sizes(reading), **self.arguments)
 
     def _sizes(self, reading: Reading) -> dict[str, Any]:
         if self.computed_by in ("PearsonCorrCoef", "SpearmanCorrCoef"):
             return {"num_outputs": reading.columns}
-        if reading.task == "regression" or self.computed_by == "WeightedMean":
+        if reading.task == "regression":
             return {}
         # Where nothing is ignored, torchmetrics is spared a filter that waits for the device.
         ignored = {"ignore_index": None if reading.ignore_index is None else IGNORED}
@@ -78,17 +81,15 @@ CLASSES: tuple[Task, ...] = ("binary", "multiclass")
 MACRO = {"average": "macro"}
 
 
-def _weighable(metric: NamedMetric, items: Callable[[Rows], Tensor], **changed: Any) -> NamedMetric:
-    """A metric that is a mean over items, and so can weigh them."""
-    mean = replace(metric, computed_by="WeightedMean", given=weighed(items), arguments={}, **changed)
-    return replace(metric, weighted=mean)
-
-
 def _accuracy(name: str, k: int, tasks: tuple[Task, ...]) -> NamedMetric:
-    # The share of hits is what MulticlassAccuracy computes as micro; but that leaves ignored items out by a filter that
-    # waits for the device, and a label's own class counts past them.
-    metric = NamedMetric(name, "Accuracy", hits(k), tasks, True, read_as="binary", needs_scale=("binary", "multilabel"))
-    return _weighable(metric, lambda rows: rows.hits(k))
+    """The share of hits, which is what MulticlassAccuracy computes as micro."""
+    return NamedMetric(
+        name, None, weighed(lambda rows: rows.hits(k)), tasks, True, needs_scale=("binary", "multilabel")
+    )
+
+
+def _mean_error(name: str, items: Callable[[Rows], Tensor], **more: Any) -> NamedMetric:
+    return NamedMetric(name, None, weighed(items), ("regression",), False, **more)
 
 
 def _decided(name: str, computed_by: str, tasks: tuple[Task, ...] = LABELS, **more: Any) -> NamedMetric:
@@ -128,9 +129,9 @@ _ALL = [
     _ranked("auroc", "AUROC"),
     _ranked("average_precision", "AveragePrecision"),
     NamedMetric("perplexity", "text.Perplexity", Rows.tokens, ("multiclass",), False, needs_scale=("multiclass",)),
-    _weighable(_error("mae", "MeanAbsoluteError"), _absolute),
-    _weighable(_error("mse", "MeanSquaredError"), _squared),
-    _weighable(_error("rmse", "MeanSquaredError", arguments={"squared": False}), _squared, finish=Tensor.sqrt),
+    _mean_error("mae", _absolute),
+    _mean_error("mse", _squared),
+    _mean_error("rmse", _squared, finish=Tensor.sqrt),
     _error("mape", "MeanAbsolutePercentageError"),
     _error("msle", "MeanSquaredLogError"),
     _agreement("r2", "R2Score", least=2),
@@ -187,7 +188,7 @@ def find_metric(argument: str, name: str) -> NamedMetric:
 
 def weighable_names() -> list[str]:
     """The names that ``weighted_metrics`` can take."""
-    return [name for name, metric in NAMED.items() if metric.weighted is not None] + ["top_5_accuracy"]
+    return [name for name, metric in NAMED.items() if metric.takes_weights] + ["top_5_accuracy"]
 
 
 def higher_is_better(name: str) -> bool | None:

@@ -26,7 +26,7 @@ from fitkit.metrics.states import load_into, map_tensors
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
-MEAN = NamedMetric("mean", "WeightedMean", weighed(lambda rows: rows.values), ("regression",), True)
+MEAN = NamedMetric("mean", None, weighed(lambda rows: rows.values), ("regression",), True)
 
 
 @final
@@ -69,6 +69,8 @@ class CallableMetric(Gathering):
                 )
             value = value.reshape(1)
             weight = torch.full((1,), float(samples), device=self._device)
+        # A function may give the same memory again.
+        value = value.clone()
         super().update(value, value, weight)
 
 

@@ -43,8 +43,9 @@ class RunningMetrics:
         """Takes in one batch.
 
         Args:
-            outputs: one entry per output, detached and on the device; callables may get whole structures.
-            targets: one entry per output.
+            outputs: one entry per output, detached and on the device; callables may get whole structures. Nobody may
+                write into them afterwards, as they wait here.
+            targets: one entry per output, as outputs.
             sample_weight: for ``weighted_metrics``, one entry per output of shape ``(N,)`` or the items' shape; None
                 where all samples weigh 1.
 

@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics are made here; what they keep is copied, loaded and joined. Their names are in names.py."""
+"""What computes a metric is made here, and what it keeps is copied, loaded and joined. Names are in names.py."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
 
 from fitkit.batch import tensors
 from fitkit.device import sum_dtype
+from fitkit.metrics.weighted_mean import WeightedMean
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
+# What keeps the sums or rows of a metric by name.
+Keeper = Union["Metric", WeightedMean]
+
 
 def build(name: str, device: torch.device, **arguments: Any) -> Metric:
-    """A metric by the name of its class; it communicates with other processes only when it is told to."""
-    import torchmetrics  # takes seconds, and is not needed before there is data
-
-    from fitkit.metrics.weighted_mean import WeightedMean  # for the same reason
+    """A metric of torchmetrics by its class; it communicates with other processes only when it is told to."""
+    import torchmetrics  # takes a second, and is not needed before there is data
 
     arguments.update(sync_on_compute=False, compute_with_cache=False)
-    kind = WeightedMean if name == "WeightedMean" else attrgetter(name)(torchmetrics)
-    metric: Metric = kind(**arguments).to(device)
+    metric: Metric = attrgetter(name)(torchmetrics)(**arguments).to(device)
     # Sums and quotients are float64 then; so are counts, which stay exact up to 2**53.
     return metric.set_dtype(torch.float64) if sum_dtype(device) == torch.float64 else metric
 
@@ -48,22 +49,25 @@ def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     return [map_tensors(function, value) for value in state] if isinstance(state, list) else state
 
 
-def state_of(metric: Metric) -> dict[str, Any]:
+def state_of(metric: Keeper) -> dict[str, Any]:
     """A copy of what a metric keeps, its lists of rows each as one tensor."""
     kept = metric.metric_state
     return {name: [torch.cat(value)] if isinstance(value, list) else value.clone() for name, value in kept.items()}
 
 
-def load_into(metric: Metric | MetricCollection, state: dict[str, Any], device: torch.device) -> None:
+def load_into(metric: Keeper | MetricCollection, state: dict[str, Any], device: torch.device) -> None:
     """Gives a metric a copy of such a state."""
     metric.load_state_dict(map_tensors(lambda tensor: tensor.to(device, copy=True), state))
 
 
-def join_into(metric: Metric, states: Sequence[dict[str, Any]], device: torch.device) -> None:
+def join_into(metric: Keeper, states: Sequence[dict[str, Any]], device: torch.device) -> None:
     """Gives a metric what those of several processes keep, joined by torchmetrics' own sync.
 
     The states are gathered before, as torchmetrics' own way to do it breaks where a process has no rows.
     """
+    if isinstance(metric, WeightedMean):
+        load_into(metric, {name: sum(state[name] for state in states) for name in metric.metric_state}, device)
+        return
     load_into(metric, states[0], device)
     everywhere = [tensors(map_tensors(lambda tensor: tensor.to(device), state)) for state in states]
     own = tensors(metric.metric_state)
