@@ -193,6 +193,7 @@ class Model:
         overfit_pct: float = 0.0,
         micro_batch_size: int | str | None = None,
         on_nonfinite: str = "raise",
+        dataloader_options: Mapping[str, Any] | None = None,
     ) -> History:
         """Trains the module.
 
@@ -233,6 +234,9 @@ class Model:
             micro_batch_size: samples that go through the module at a time; a larger batch is split, for the same step.
                 "auto" halves the parts whenever memory runs out. None does not split.
             on_nonfinite: "raise" a NonFiniteLossError when an epoch's loss is NaN or infinite, "stop" or "ignore".
+            dataloader_options: for a Dataset, what its DataLoader is made with beside batch size and order, such as
+                {"num_workers": 4, "collate_fn": join}; None is torch's defaults. Workers stay from epoch to
+                epoch. Validation data that is a Dataset is loaded so too, all of it (``drop_last`` is for training).
 
         Returns:
             The History, which is also `history`.
@@ -263,7 +267,7 @@ class Model:
             micro_batch_size=micro_batch_size,
             on_nonfinite=on_nonfinite,
         )
-        batching = self._batching(batch_size, shuffle, training=True)
+        batching = self._batching(batch_size, shuffle, training=True, loader_options=dataloader_options)
         validating = self._validation_batching(batching, validation_batch_size)
         training, held_out = as_split_batches(data, y, sample_weight, batching, validation_split, validating.batch_size)
         if validation_data is not None:
@@ -321,6 +325,7 @@ class Model:
         verbose: int | str = "auto",
         callbacks: Sequence[Callback] | Callback | None = None,
         return_dict: bool = False,
+        dataloader_options: Mapping[str, Any] | None = None,
     ) -> float | list[float] | dict[str, float]:
         """Loss and metrics over data, as exact means over all of it.
 
@@ -333,6 +338,7 @@ class Model:
             verbose: as in `fit`.
             callbacks: whose test hooks are called.
             return_dict: whether to return all numbers by name.
+            dataloader_options: as in `fit`.
 
         Returns:
             The loss, or a list in the order of `metrics_names`, or a dict.
@@ -344,7 +350,8 @@ class Model:
         compiled = self._require_compiled()
         check_flag("return_dict", return_dict)
         self._check_steps(validates=True)
-        batches = as_batches(data, y, sample_weight, self._batching(batch_size, None, training=False))
+        batching = self._batching(batch_size, None, training=False, loader_options=dataloader_options)
+        batches = as_batches(data, y, sample_weight, batching)
         self._check_parts(batches, "data")
         if batch_size is None and steps is None and self._may_enlarge("validation_step", callbacks):
             batches = batches.in_large_batches()
@@ -361,6 +368,7 @@ class Model:
         steps: int | None = None,
         verbose: int | str = "auto",
         callbacks: Sequence[Callback] | Callback | None = None,
+        dataloader_options: Mapping[str, Any] | None = None,
     ) -> Any:
         """The module's outputs for all samples.
 
@@ -370,6 +378,7 @@ class Model:
             steps: batches to take; None is all.
             verbose: as in `fit`.
             callbacks: whose predict hooks are called.
+            dataloader_options: as in `fit`.
 
         Returns:
             CPU tensors in the structure of the module's output, joined along the batch dimension. 0-d tensors and
@@ -379,7 +388,8 @@ class Model:
             ValueError: arguments out of range or in conflict, or data that does not fit.
             TypeError: arguments of a wrong type.
         """
-        batches = as_batches(data, None, None, self._batching(batch_size, None, training=False))
+        batching = self._batching(batch_size, None, training=False, loader_options=dataloader_options)
+        batches = as_batches(data, None, None, batching)
         if batch_size is None and steps is None and self._may_enlarge("predict_step", callbacks):
             batches = batches.in_large_batches()
         plan = _plan(batches, steps)
@@ -593,9 +603,17 @@ class Model:
                 f"compile(loss=None) for a module that returns its loss, or override {step}."
             )
 
-    def _batching(self, batch_size: int | None, shuffle: bool | None, *, training: bool) -> Batching:
+    def _batching(
+        self,
+        batch_size: int | None,
+        shuffle: bool | None,
+        *,
+        training: bool,
+        loader_options: Mapping[str, Any] | None = None,
+    ) -> Batching:
         # Batches are made on the host, where their targets can be counted; steps take them to the device.
-        return Batching(batch_size, shuffle, training, module_dtype(self.module), torch.device("cpu"))
+        host = torch.device("cpu")
+        return Batching(batch_size, shuffle, training, module_dtype(self.module), host, loader_options=loader_options)
 
     def _validation_batching(self, batching: Batching, validation_batch_size: int | None) -> Batching:
         return replace(

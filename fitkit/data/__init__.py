@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from fitkit.data.arrays import ArrayBatches
 from fitkit.data.batches import Batches, EpochPlan, known_length
 from fitkit.data.iterables import GeneratorBatches, IterableBatches
-from fitkit.data.loaders import LoaderBatches, load_dataset, split_dataset
+from fitkit.data.loaders import LoaderBatches, check_loader_options, load_dataset, split_dataset
 from fitkit.data.rows import is_array
 from fitkit.data.tensor_loaders import TensorLoaderBatches, is_tensor_loader
 from fitkit.errors import check_flag, check_integer, check_number, show
@@ -42,6 +42,7 @@ class Batching:
         batch_size_argument: how messages name the batch size.
         default_size: samples in a batch where batch_size is None.
         whole: whether arrays make one batch.
+        loader_options: of the DataLoader that is made of a Dataset, beside the batch size and the order.
     """
 
     batch_size: int | None
@@ -53,12 +54,15 @@ class Batching:
     batch_size_argument: str = "batch_size"
     default_size: int = DEFAULT_BATCH_SIZE
     whole: bool = False
+    loader_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size is not None:
             check_integer(self.batch_size_argument, self.batch_size, least=1)
         if self.shuffle is not None:
             check_flag("shuffle", self.shuffle)
+        if self.loader_options is not None:
+            check_loader_options(self.loader_options)
 
     @property
     def size(self) -> int:
@@ -85,11 +89,15 @@ def as_batches(data: Any, y: Any, sample_weight: Any, batching: Batching) -> Bat
     """
     arrays = _array_batches(data, y, sample_weight, batching)
     if arrays is not None:
+        _refuse_loader_options(data, batching)
         return arrays
     if _is_dataset(data):
         _refuse_parts(data, y, sample_weight, batching)
         _refuse_batching(data, batching, size=False)
-        return load_dataset(data, batching.size, batching.shuffles, batching.argument, batching.dtype)
+        options = dict(batching.loader_options or {})
+        if not batching.training:
+            options["drop_last"] = False  # what is judged or predicted is all of the data
+        return load_dataset(data, batching.size, batching.shuffles, batching.argument, batching.dtype, options)
     if isinstance(data, (str, bytes)) or not (hasattr(type(data), "__iter__") or hasattr(type(data), "__next__")):
         hint = " It is a function: call it." if inspect.isroutine(data) else ""
         raise TypeError(
@@ -98,6 +106,7 @@ def as_batches(data: Any, y: Any, sample_weight: Any, batching: Batching) -> Bat
         )
     _refuse_parts(data, y, sample_weight, batching)
     _refuse_batching(data, batching, size=True)
+    _refuse_loader_options(data, batching)
     if isinstance(data, DataLoader):
         if is_tensor_loader(data):
             return TensorLoaderBatches(data, batching.dtype)
@@ -130,6 +139,7 @@ def as_split_batches(
         return as_batches(data, y, sample_weight, batching), None
     whole = _array_batches(data, y, sample_weight, batching)
     if whole is not None:
+        _refuse_loader_options(data, batching)
         first, rest = whole.split(_first_part(whole.samples, validation_split))
         return first, rest if validation_size is None else rest.resized(validation_size)
     samples = known_length(data)
@@ -157,8 +167,9 @@ def _first_part(samples: int, validation_split: float) -> int:
 
 def _array_batches(data: Any, y: Any, sample_weight: Any, batching: Batching) -> ArrayBatches | None:
     """The batches of data that is batched by index; None for the other kinds."""
-    # What a TensorDataset gives by its own code is known; a subclass may give something else.
-    if type(data) is TensorDataset:
+    # What a TensorDataset gives by its own code is known; a subclass may give something else, and so may a loader's
+    # collate function.
+    if type(data) is TensorDataset and batching.loader_options is None:
         _refuse_parts(data, y, sample_weight, batching)
         names = [f"{batching.argument}.tensors[{index}]" for index in range(len(data.tensors))]
         return _arrays(data.tensors, names, batching, bare=False)
@@ -249,6 +260,15 @@ def _refuse_batching(data: Any, batching: Batching, *, size: bool) -> None:
         raise ValueError(
             f"shuffle={batching.shuffle} goes with arrays and map-style Datasets, received {batching.argument}="
             f"{_kind(data)}, which has an order of its own. Leave shuffle out."
+        )
+
+
+def _refuse_loader_options(data: Any, batching: Batching) -> None:
+    """Options of a DataLoader mean nothing for other data; validation data may be of another kind than data."""
+    if batching.loader_options is not None and batching.argument == "data":
+        raise ValueError(
+            f"dataloader_options=... goes with a Dataset, received {batching.argument}={_kind(data)}. Leave it out, "
+            "or set these options where you make the DataLoader."
         )
 
 

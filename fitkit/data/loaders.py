@@ -5,8 +5,9 @@ The loader's own sampler, collation and workers do the work, so the batches and 
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.data import (
 
 from fitkit.data.batches import Batches, known_length
 from fitkit.data.rows import with_tensors
+from fitkit.errors import show, unknown_name
 
 
 @final
@@ -86,7 +88,43 @@ def _in_order(sampler: Any, dataset: Any) -> Any:
     return list(itertools.islice(sampler, len(sampler)))
 
 
-def load_dataset(dataset: Dataset[Any], batch_size: int, shuffle: bool, argument: str, dtype: torch.dtype) -> Batches:
+# What says which samples come in which batch, and so is said by the arguments of fit.
+SAID_ELSEWHERE = {"self", "dataset", "batch_size", "shuffle", "sampler", "batch_sampler"}
+
+
+def check_loader_options(options: Any) -> None:
+    """Refuses what is no dict of options of a DataLoader.
+
+    Raises:
+        TypeError: it is no dict.
+        ValueError: an option that DataLoader does not have, or that fit has an argument for.
+    """
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f'Expected a dict of options of a DataLoader, such as {{"num_workers": 4}}, received dataloader_options='
+            f"{show(options)}."
+        )
+    known = [name for name in inspect.signature(DataLoader.__init__).parameters if name not in SAID_ELSEWHERE]
+    for name in options:
+        if name in ("batch_size", "shuffle"):
+            raise ValueError(f"Expected {name} as an argument of its own, received dataloader_options[{name!r}].")
+        if name in SAID_ELSEWHERE:
+            raise ValueError(
+                f"dataloader_options[{name!r}] says which samples come in which batch. Make a DataLoader, and pass "
+                "it in place of the Dataset."
+            )
+        if name not in known:
+            raise unknown_name("dataloader_options' key", str(name), known)
+
+
+def load_dataset(
+    dataset: Dataset[Any],
+    batch_size: int,
+    shuffle: bool,
+    argument: str,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+) -> Batches:
     """A map-style or iterable Dataset in batches of that size, collated as torch does by default.
 
     Args:
@@ -95,13 +133,16 @@ def load_dataset(dataset: Dataset[Any], batch_size: int, shuffle: bool, argument
         shuffle: whether each pass has an order of its own, for a map-style Dataset.
         argument: how messages name the dataset.
         dtype: what floating tensors become: torch collates Python's floats to float64.
+        options: of the DataLoader. Its workers stay from epoch to epoch unless it is told otherwise.
 
     Raises:
         ValueError: it has no samples.
         TypeError: it is map-style and does not tell its length.
     """
+    if options.get("num_workers"):
+        options = {"persistent_workers": True, **options}
     if isinstance(dataset, IterableDataset):
-        return LoaderBatches(DataLoader(dataset, batch_size=batch_size), dtype, cast=True)
+        return LoaderBatches(DataLoader(dataset, batch_size=batch_size, **options), dtype, cast=True)
     samples = known_length(dataset)
     if samples is None:
         raise TypeError(
@@ -112,7 +153,8 @@ def load_dataset(dataset: Dataset[Any], batch_size: int, shuffle: bool, argument
         raise ValueError(
             f"Expected at least one sample, received {argument}, a Dataset with 0 samples. Check what made it."
         )
-    return LoaderBatches(DataLoader(dataset, batch_size=batch_size, shuffle=shuffle), dtype, cast=True)
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, **options)
+    return LoaderBatches(loader, dtype, cast=True)
 
 
 def split_dataset(dataset: Dataset[Any], first: int, samples: int) -> tuple[Dataset[Any], Dataset[Any]]:
