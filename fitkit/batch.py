@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fitkit.errors import show
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A batch that is on the device already.
+
+    Attributes:
+        on_device: the batch.
+        on_host: the same on the host, or of it the targets alone, ``(None, y)``: what is counted here asks the device
+            nothing.
+    """
+
+    on_device: Any
+    on_host: Any
 
 
 def unpack(batch: Any) -> tuple[Any, Any, Any]:
@@ -43,8 +58,7 @@ def split(batch: Any, size: int) -> list[Any]:
     Raises:
         TypeError: a batch object of another library, which only its library can cut.
     """
-    x, y, _ = unpack(batch)
-    samples = count_samples(x, y)
+    samples = samples_of(batch)
     if samples <= size:
         return [batch]
     if not any(True for _ in tensors(batch)):
@@ -55,30 +69,32 @@ def split(batch: Any, size: int) -> list[Any]:
     return [_rows(batch, samples, start, start + size) for start in range(0, samples, size)]
 
 
-def _rows(value: Any, samples: int, start: int, stop: int) -> Any:
-    if isinstance(value, Tensor):
+def _rows(batch: Any, samples: int, start: int, stop: int) -> Any:
+    def rows(tensor: Tensor) -> Tensor:
         # Detached, so that a module which works in place on one part ties no other part to its graph.
-        return value[start:stop].detach() if value.dim() > 0 and value.shape[0] == samples else value
-    if isinstance(value, Mapping):
-        return {key: _rows(item, samples, start, stop) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_rows(item, samples, start, stop) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_rows(item, samples, start, stop) for item in value)
-    return value
+        return tensor[start:stop].detach() if tensor.dim() > 0 and tensor.shape[0] == samples else tensor
+
+    return mapped(rows, batch)
 
 
 def copied(batch: Any) -> Any:
     """The batch with copies of its tensors."""
-    if isinstance(batch, Tensor):
-        return batch.clone()
-    if isinstance(batch, Mapping):
-        return {key: copied(item) for key, item in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(copied, batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(map(copied, batch))
-    return batch
+    return mapped(Tensor.clone, batch)
+
+
+def mapped(function: Callable[[Tensor], Any], structure: Any) -> Any:
+    """The structure with the function applied to each tensor in its tuples, lists and mappings."""
+    if isinstance(structure, Tensor):
+        return function(structure)
+    if isinstance(structure, Mapping):
+        return {key: mapped(function, item) for key, item in structure.items()}
+    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
+        return type(structure)(*(mapped(function, item) for item in structure))
+    if isinstance(structure, (tuple, list)):
+        return type(structure)(mapped(function, item) for item in structure)
+    if isinstance(structure, Placed):
+        return Placed(mapped(function, structure.on_device), mapped(function, structure.on_host))
+    return structure
 
 
 def call(module: Callable[..., Any], x: Any) -> Any:
@@ -102,6 +118,14 @@ def tensors(structure: Any) -> Iterator[Tensor]:
     elif isinstance(structure, (tuple, list)):
         for value in structure:
             yield from tensors(value)
+    elif isinstance(structure, Placed):
+        yield from tensors(structure.on_device)
+
+
+def samples_of(batch: Any) -> int:
+    """The number of samples in a batch that may be placed."""
+    x, y, _ = unpack(batch.on_device if isinstance(batch, Placed) else batch)
+    return count_samples(x, y)
 
 
 def count_samples(x: Any, y: Any) -> int:

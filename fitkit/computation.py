@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fitkit import batch as batches_of
 from fitkit._types import Precision
-from fitkit.device import move, sum_dtype
+from fitkit.device import sum_dtype
 from fitkit.errors import check_number
 from fitkit.losses import Part, check_weight, show_structure
 from fitkit.metrics import CompiledMetrics
 from fitkit.output_losses import OutputLosses
+from fitkit.transfer import Transfer
 from fitkit.windows import weighted_sum
 
 
@@ -84,16 +85,16 @@ class Computation:
         self._compiled = compiled
         self._user_step = user_step
         self._class_weight = class_weight
-        self._moves = compiled.device.type != "cpu" or compiled.precision == "64-true"
-        self._dtype = torch.float64 if compiled.precision == "64-true" else None
+        self._transfer = transfer_of(compiled)
         # The one loss of a module with one output, and what is called: looked up once.
         self._loss = None if compiled.losses is None or compiled.losses.keys is not None else compiled.losses.losses[0]
         self._forward = compiled.forward
 
     def __call__(self, batch: Any, index: int) -> Outcome:
         on_host = batch
-        if self._moves:
-            batch = move(batch, self._compiled.device, self._dtype)
+        if self._transfer.is_needed:
+            placed = self._transfer(batch)
+            batch, on_host = placed.on_device, placed.on_host
         if self._user_step is not None:
             return self._user_outcome(self._user_step(batch, index), batch)
         x, y, sample_weight = batches_of.unpack(batch)
@@ -111,7 +112,7 @@ class Computation:
             sample_weight = self._class_weight(output, y, sample_weight)
         loss = self._loss
         if loss is not None:
-            target_on_host = batches_of.unpack(on_host)[1] if self._moves else y
+            target_on_host = y if on_host is batch else batches_of.unpack(on_host)[1]
             target = loss.fit_target(output, y)
             part = loss(output, target, size, sample_weight, target_on_host)
             return Outcome([part], [output], [target], None if sample_weight is None else [sample_weight], {}, size)
@@ -179,6 +180,11 @@ class Computation:
                     f"Expected the step's {name!r} to be one number, received {show_structure(value)}. Reduce it."
                 )
         return Outcome([Part(loss.reshape(()), weight)], outputs, targets, None, extra, weight)
+
+
+def transfer_of(compiled: Compiled) -> Transfer:
+    """The way of batches to where the module is, in its precision."""
+    return Transfer(compiled.device, torch.float64 if compiled.precision == "64-true" else None)
 
 
 def total_loss(compiled: Compiled, batch: Any, index: int) -> Tensor:

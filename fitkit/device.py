@@ -45,6 +45,18 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+# The part of a device's free memory that data may take.
+SHARE_FOR_DATA = 0.1
+
+
+def room_for_data(device: torch.device) -> int:
+    """Bytes that data may take on an accelerator: a tenth of what is free; 0 on the CPU and where nobody tells."""
+    if device.type == "cpu":
+        return 0
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return 0 if ask is None else int(SHARE_FOR_DATA * ask(device)[0])
+
+
 def module_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that floating arrays are given: that of the module's first floating parameter or buffer."""
     floating = (tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())

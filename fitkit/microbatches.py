@@ -83,8 +83,7 @@ class FittingParts:
             self._step(batches_of.copied(part), index, parts=parts, is_last=False)
             return True
         except torch.OutOfMemoryError as error:
-            x, y, _ = batches_of.unpack(part)
-            samples = batches_of.count_samples(x, y)
+            samples = batches_of.samples_of(part)
             if samples == 1:
                 raise torch.OutOfMemoryError(
                     'Memory ran out on a single sample, so micro_batch_size="auto" cannot split further. Use a smaller '

@@ -24,7 +24,7 @@ from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.checkpoints import load_weights, save_weights
 from fitkit.computation import ClassWeight, Compiled, total_loss
 from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
-from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device
+from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device, room_for_data
 from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
 from fitkit.flags import MAX_NB_EPOCHS, TrainingFlags
 from fitkit.gradients import kept_gradients, norm_names
@@ -282,6 +282,9 @@ class Model:
             norm_order=float(flags.track_grad_norm),
             owns_batches=training.owned,
         )
+        room = room_for_data(self.device) // 2
+        training = training.kept_on(self.device, room)
+        held_out = None if held_out is None else held_out.kept_on(self.device, room)
         batches = _training_plan(training, flags)
         level = resolve_verbose(verbose)
         validation_plan = _validation_plan(held_out, flags, validation_batch_size)

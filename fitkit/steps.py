@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fitkit import batch as batches_of
-from fitkit.computation import ClassWeight, Compiled, Computation, Outcome, UserStep
-from fitkit.device import autocast, copy_back, move, random_state, restore_random_state
+from fitkit.computation import ClassWeight, Compiled, Computation, Outcome, UserStep, transfer_of
+from fitkit.device import autocast, copy_back, random_state, restore_random_state
 from fitkit.diagnosis import explain_nonfinite
 from fitkit.gradients import GradientNorms, clip_gradients
 from fitkit.logs import BatchLogs, read
@@ -290,13 +290,12 @@ class PredictStep:
         self._compiled = compiled
         self._user_step = user_step
         self._autocast = autocast(compiled.precision, compiled.device)
-        self._moves = compiled.device.type != "cpu" or compiled.precision == "64-true"
-        self._dtype = torch.float64 if compiled.precision == "64-true" else None
+        self._transfer = transfer_of(compiled)
         self._no_grad = torch.no_grad()
 
     def __call__(self, batch: Any, index: int) -> None:
-        if self._moves:
-            batch = move(batch, self._compiled.device, self._dtype)
+        if self._transfer.is_needed:
+            batch = self._transfer(batch).on_device
         with self._no_grad, self._autocast:
             if self._user_step is not None:
                 output = self._user_step(batch, index)

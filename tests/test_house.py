@@ -24,7 +24,7 @@ FLOORS = [
     {"steps", "callbacks"},
     {"numbers"},
     {"computation"},
-    {"windows", "diagnosis"},
+    {"windows", "diagnosis", "transfer"},
     {"output_losses"},
     {"data", "metrics", "losses", "optimization", "gradients"},
     {"history", "logs", "summary"},

@@ -6,14 +6,17 @@ chunks are cut into batches. Only a chunk is ever copied, so a memory-mapped arr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from fitkit.batch import Placed
 from fitkit.data.batches import Batches
-from fitkit.data.rows import Rows, as_rows, is_array
+from fitkit.data.rows import Rows, TensorRows, as_rows, is_array
 from fitkit.errors import show
 
 # One gather serves this many batches, as long as a chunk stays under the bytes below.
@@ -95,27 +98,53 @@ class ArrayBatches(Batches):
             as_rows(value, argument, dtype, device) for layout in layouts for argument, value in layout.leaves
         ]
         self.samples = _common_length(self._rows, [argument for layout in layouts for argument, _ in layout.leaves])
-        self._is_bare = bare and len(parts) == 1 and is_array(parts[0])
         self._build = _builder(parts, layouts, bare)
         self.parts = len(parts)
+        # Of the leaves, those of the targets; and the device that batches are to come from, beside the host.
+        first = len(layouts[0].leaves)
+        self._targets = range(first, first + len(layouts[1].leaves)) if len(layouts) > 1 else range(0)
+        self._home: torch.device | None = None
         self.length = -(-self.samples // batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         order = self._order()
         size = min(self._batch_size, self.samples)  # torch takes no integers beyond 64 bits
         step = size * self._batches_in_chunk(size)
+        sources = self._rows if self._home is None else self._copies(self._home)
         for start in range(0, self.samples, step):
             stop = min(start + step, self.samples)
-            chunks = [rows.cut(start, stop) if order is None else rows.take(order[start:stop]) for rows in self._rows]
-            # Batches are pieces of a chunk, but no views to autograd: a module may work in place on its input.
-            cuts = [torch.unsafe_split(chunk, size) for chunk in chunks]
-            if self._is_bare:
-                yield from cuts[0]
+            index = None if order is None else order[start:stop]
+            pieces = zip(*(_cut(rows, start, stop, index, size) for rows in sources), strict=True)
+            if self._home is not None:
+                yield from self._placed(pieces, start, stop, index, size)
             elif self._build is None:
-                yield from zip(*cuts, strict=True)
+                yield from pieces
             else:
-                for leaves in zip(*cuts, strict=True):
-                    yield self._build(leaves)
+                yield from map(self._build, pieces)
+
+    def _copies(self, device: torch.device) -> list[Rows]:
+        return [rows.copied_to(device) if isinstance(rows, TensorRows) else rows for rows in self._rows]
+
+    def _placed(
+        self, pieces: Iterable[tuple[Tensor, ...]], start: int, stop: int, index: Tensor | None, size: int
+    ) -> Iterator[Placed]:
+        """The batches of a chunk on the device, each beside its targets on the host."""
+        nothing = itertools.repeat(None)
+        on_host = [
+            _cut(rows, start, stop, index, size) if position in self._targets else nothing
+            for position, rows in enumerate(self._rows)
+        ]
+        build = self._build or tuple
+        for leaves, beside in zip(pieces, zip(*on_host, strict=False), strict=False):
+            yield Placed(build(leaves), build(beside))
+
+    def kept_on(self, device: torch.device, most_bytes: int) -> ArrayBatches:
+        tensors = [rows for rows in self._rows if isinstance(rows, TensorRows)]
+        if len(tensors) < len(self._rows) or sum(rows.nbytes for rows in tensors) > most_bytes:
+            return self
+        other = self._with(self._rows, shuffle=self._shuffle)
+        other._home = device
+        return other
 
     def _order(self) -> Tensor | None:
         """This pass's permutation, from the same draws as ``iter(DataLoader(...))`` and its RandomSampler."""
@@ -159,6 +188,14 @@ class ArrayBatches(Batches):
         return other
 
 
+def _cut(rows: Rows, start: int, stop: int, index: Tensor | None, size: int) -> Sequence[Tensor]:
+    """A chunk of rows, from start to stop or those of the index, in batches.
+
+    Batches are pieces of a chunk, but no views to autograd: a module may work in place on its input.
+    """
+    return torch.unsafe_split(rows.cut(start, stop) if index is None else rows.take(index), size)
+
+
 def _draw() -> int:
     """One number of torch's generator; on the CPU, where a DataLoader draws, whatever torch's default device is."""
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_().numpy())
@@ -166,8 +203,10 @@ def _draw() -> int:
 
 def _builder(parts: tuple[Any, ...], layouts: Sequence[Layout], bare: bool) -> Callable[[Sequence[Any]], Any] | None:
     """From the leaves of a batch to the batch; None where the leaves are the batch already."""
-    if all(is_array(part) for part in parts) and len(parts) > 1:
+    if all(is_array(part) for part in parts) and (len(parts) > 1 or not bare):
         return None
+    if is_array(parts[0]) and len(parts) == 1:
+        return operator.itemgetter(0)
     counts = [len(layout.leaves) for layout in layouts]
     starts = [sum(counts[:index]) for index in range(len(counts))]
 

@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Generator, Iterator
 from typing import Any, final
 
+import torch
+
 
 class Batches(abc.ABC):
     """One kind of data as batches.
@@ -33,6 +35,15 @@ class Batches(abc.ABC):
 
     def in_order(self) -> Batches:
         """The same data unshuffled, in the same batches at each pass."""
+        return self
+
+    def kept_on(self, device: torch.device, most_bytes: int) -> Batches:
+        """The same batches, `Placed` there, from data that stays there; itself for data that is no arrays, or larger.
+
+        Args:
+            device: where the module is.
+            most_bytes: that the data may take there.
+        """
         return self
 
     def in_large_batches(self) -> Batches:

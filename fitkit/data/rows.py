@@ -45,10 +45,14 @@ class TensorRows:
         tensor: at least one-dimensional.
         dtype: what floating rows become when they are taken.
         device: where rows are taken to.
+        is_array: whether NumPy may write into it, so that its version does not tell whether it has changed.
     """
 
-    def __init__(self, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, tensor: Tensor, dtype: torch.dtype, device: torch.device, *, is_array: bool = False) -> None:
         self._tensor = tensor
+        self._is_array = is_array
+        self._copy: TensorRows | None = None
+        self._copied_version = -1
         self._dtype = dtype if tensor.is_floating_point() else tensor.dtype
         self._device = device
         self.row_bytes = tensor[:1].numel() * tensor.element_size()
@@ -67,7 +71,20 @@ class TensorRows:
         return rows.to(device=self._device, dtype=self._dtype, non_blocking=True)
 
     def part(self, start: int, stop: int) -> TensorRows:
-        return TensorRows(self._tensor[start:stop], self._dtype, self._device)
+        return TensorRows(self._tensor[start:stop], self._dtype, self._device, is_array=self._is_array)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a copy of all rows takes."""
+        return len(self) * self.row_bytes
+
+    def copied_to(self, device: torch.device) -> TensorRows:
+        """The rows on a device: the copy made before, or a new one where the tensor has, or may have, changed since."""
+        if self._copy is None or self._is_array or self._tensor._version != self._copied_version:
+            self._copied_version = self._tensor._version
+            copy = self._tensor.to(device=device, dtype=self._dtype, copy=True)
+            self._copy = TensorRows(copy, self._dtype, device)
+        return self._copy
 
 
 @final
@@ -189,7 +206,7 @@ def _numpy_rows(array: np.ndarray[Any, Any], argument: str, dtype: torch.dtype, 
     with warnings.catch_warnings():
         # A read-only array (a memory map) may be read; what is handed out are copies.
         warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-        return TensorRows(torch.from_numpy(array), dtype, device)
+        return TensorRows(torch.from_numpy(array), dtype, device, is_array=True)
 
 
 def _frame_converter(frame: Any, argument: str) -> Callable[[Any], np.ndarray[Any, Any]]:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from fitkit._types import OutputMeaning, Structure
-from fitkit.batch import count_samples
+from fitkit.batch import count_samples, mapped
 from fitkit.device import sum_dtype
 from fitkit.errors import show
 from fitkit.metrics.gathering import Gathering
 from fitkit.metrics.names import NamedMetric
 from fitkit.metrics.readings import weighed
-from fitkit.metrics.states import load_into, map_tensors
+from fitkit.metrics.states import load_into
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -135,7 +135,7 @@ class TorchmetricsMetric:
         )
 
     def state(self) -> dict[str, Any]:
-        return {"has_data": self._has_data, "metric": map_tensors(torch.clone, self._metric.state_dict())}
+        return {"has_data": self._has_data, "metric": mapped(torch.clone, self._metric.state_dict())}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.reset()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fitkit._types import Structure
+from fitkit.batch import mapped
 from fitkit.metrics.gathering import Gathering
 from fitkit.metrics.objects import TorchmetricsMetric
-from fitkit.metrics.states import map_tensors
 
 # What is updated together, under one or more log keys of one output.
 Part = Gathering | TorchmetricsMetric
@@ -81,7 +81,7 @@ class RunningMetrics:
         wanted = set(self.names if names is None else names)
         parts = [part for _, part in self._parts if wanted.intersection(part.keys)]
         if across_processes and torch.distributed.is_available() and torch.distributed.is_initialized():
-            everywhere = _gather([map_tensors(torch.Tensor.cpu, part.state()) for part in parts])
+            everywhere = _gather([mapped(torch.Tensor.cpu, part.state()) for part in parts])
             states = zip(*everywhere, strict=True)
             computed = [part.compute_across(of, wanted) for part, of in zip(parts, states, strict=True)]
         else:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
-from torch import Tensor
 
-from fitkit.batch import tensors
+from fitkit.batch import mapped, tensors
 from fitkit.device import sum_dtype
 from fitkit.metrics.weighted_mean import WeightedMean
 
@@ -40,15 +39,6 @@ def apart() -> Iterator[None]:
         yield
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:
-    """The state with the function applied to each tensor in its dicts and lists."""
-    if isinstance(state, Tensor):
-        return function(state)
-    if isinstance(state, dict):
-        return {name: map_tensors(function, value) for name, value in state.items()}
-    return [map_tensors(function, value) for value in state] if isinstance(state, list) else state
-
-
 def state_of(metric: Keeper) -> dict[str, Any]:
     """A copy of what a metric keeps, its lists of rows each as one tensor."""
     kept = metric.metric_state
@@ -57,7 +47,7 @@ def state_of(metric: Keeper) -> dict[str, Any]:
 
 def load_into(metric: Keeper | MetricCollection, state: dict[str, Any], device: torch.device) -> None:
     """Gives a metric a copy of such a state."""
-    metric.load_state_dict(map_tensors(lambda tensor: tensor.to(device, copy=True), state))
+    metric.load_state_dict(mapped(lambda tensor: tensor.to(device, copy=True), state))
 
 
 def join_into(metric: Keeper, states: Sequence[dict[str, Any]], device: torch.device) -> None:
@@ -69,7 +59,7 @@ def join_into(metric: Keeper, states: Sequence[dict[str, Any]], device: torch.de
         load_into(metric, {name: sum(state[name] for state in states) for name in metric.metric_state}, device)
         return
     load_into(metric, states[0], device)
-    everywhere = [tensors(map_tensors(lambda tensor: tensor.to(device), state)) for state in states]
+    everywhere = [tensors(mapped(lambda tensor: tensor.to(device), state)) for state in states]
     own = tensors(metric.metric_state)
     gathered = {id(mine): list(all_of_it) for mine, all_of_it in zip(own, zip(*everywhere, strict=True), strict=True)}
     metric.sync(dist_sync_fn=lambda mine, group: gathered[id(mine)], distributed_available=lambda: True)
