@@ -47,10 +47,10 @@ SIGNATURES = {
     "validation_steps=None, validation_batch_size=None, validation_freq=1, min_nb_epochs=1, max_nb_epochs=1000, "
     "early_stop_callback=None, enable_early_stop=True, accumulate_grad_batches=1, gradient_clip_val=0, "
     "track_grad_norm=-1, train_percent_check=1.0, val_percent_check=1.0, overfit_pct=0.0, "
-    "micro_batch_size=None, on_nonfinite='raise', resume_from=None",
+    "micro_batch_size=None, on_nonfinite='raise', resume_from=None, dataloader_options=None",
     "evaluate": "data, y=None, *, batch_size=None, sample_weight=None, steps=None, verbose='auto', callbacks=None, "
-    "return_dict=False",
-    "predict": "data, *, batch_size=None, steps=None, verbose='auto', callbacks=None",
+    "return_dict=False, dataloader_options=None",
+    "predict": "data, *, batch_size=None, steps=None, verbose='auto', callbacks=None, dataloader_options=None",
     "train_on_batch": "x, y=None, *, sample_weight=None, class_weight=None, return_dict=False",
     "test_on_batch": "x, y=None, *, sample_weight=None, return_dict=False",
     "predict_on_batch": "x",
