@@ -270,10 +270,7 @@ class Model:
         batching = self._batching(batch_size, shuffle, training=True, loader_options=dataloader_options)
         validating = self._validation_batching(batching, validation_batch_size)
         training, held_out = as_split_batches(data, y, sample_weight, batching, validation_split, validating.batch_size)
-        if validation_data is not None:
-            if held_out is not None:
-                raise ValueError(f"{validation_split=} and validation_data=... exclude each other. Pass one of them.")
-            held_out = as_batches(validation_data, None, None, validating)
+        training, held_out = self._sources(training, held_out, validation_data, validating)
         step = TrainStep(
             compiled,
             self._overridden("training_step"),
@@ -282,9 +279,6 @@ class Model:
             norm_order=float(flags.track_grad_norm),
             owns_batches=training.owned,
         )
-        room = room_for_data(self.device) // 2
-        training = training.kept_on(self.device, room)
-        held_out = None if held_out is None else held_out.kept_on(self.device, room)
         batches = _training_plan(training, flags)
         level = resolve_verbose(verbose)
         validation_plan = _validation_plan(held_out, flags, validation_batch_size)
@@ -628,6 +622,17 @@ class Model:
             batch_size_argument="validation_batch_size",
             default_size=batching.size,
         )
+
+    def _sources(
+        self, training: Batches, held_out: Batches | None, validation_data: Any, validating: Batching
+    ) -> tuple[Batches, Batches | None]:
+        """What is trained and validated on, kept on the device where there is room for it."""
+        if validation_data is not None:
+            if held_out is not None:
+                raise ValueError("validation_split=... and validation_data=... exclude each other. Pass one of them.")
+            held_out = as_batches(validation_data, None, None, validating)
+        room = room_for_data(self.device) // 2
+        return training.kept_on(self.device, room), None if held_out is None else held_out.kept_on(self.device, room)
 
     def _class_weight(self, class_weight: Any, sample_weight: Any) -> ClassWeight | None:
         if class_weight is None:
