@@ -270,6 +270,8 @@ class Model:
         batching = self._batching(batch_size, shuffle, training=True, loader_options=dataloader_options)
         validating = self._validation_batching(batching, validation_batch_size)
         training, held_out = as_split_batches(data, y, sample_weight, batching, validation_split, validating.batch_size)
+        if held_out is not None and validation_data is not None:
+            raise ValueError(f"{validation_split=} and validation_data=... exclude each other. Pass one of them.")
         training, held_out = self._sources(training, held_out, validation_data, validating)
         step = TrainStep(
             compiled,
@@ -628,8 +630,6 @@ class Model:
     ) -> tuple[Batches, Batches | None]:
         """What is trained and validated on, kept on the device where there is room for it."""
         if validation_data is not None:
-            if held_out is not None:
-                raise ValueError("validation_split=... and validation_data=... exclude each other. Pass one of them.")
             held_out = as_batches(validation_data, None, None, validating)
         room = room_for_data(self.device) // 2
         return training.kept_on(self.device, room), None if held_out is None else held_out.kept_on(self.device, room)
