@@ -217,6 +217,8 @@ class Loss:
                 "without targets override training_step."
             )
         if self.meaning.classes:
+            if target.dtype is torch.int64 and output.dim() == 2 and target.shape == output.shape[:1]:
+                return target  # the usual case
             return fit_classes(output, target, self.built_in.function.__name__)
         if self.built_in.function is F.multilabel_margin_loss:
             return target
@@ -274,8 +276,6 @@ def fit_classes(output: Tensor, target: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: the shapes or the dtype fit neither.
     """
-    if target.dtype is torch.int64 and output.dim() == 2 and target.shape == output.shape[:1]:
-        return target  # the usual case
     if target.shape == output.shape and output.dim() > 1:
         return target if target.dtype == output.dtype else target.to(output.dtype)
     if not target.is_floating_point():

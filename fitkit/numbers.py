@@ -99,7 +99,7 @@ class Numbers:
         outputs = [_settled(output) for output in outcome.outputs]
         targets, weights = outcome.targets, outcome.sample_weights
         if not self.owns_batches:
-            targets = [copied(target) for target in targets]
+            targets = [target.clone() if isinstance(target, Tensor) else copied(target) for target in targets]
             weights = None if weights is None else [copied(weight) for weight in weights]
         self.metrics.update(outputs, targets, weights)
 

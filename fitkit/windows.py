@@ -42,6 +42,8 @@ class Window:
         """Forgets the micro-batches so far."""
         self.size = 0
         self.is_complete = True
+        # Whether each output's loss goes backward by itself.
+        self.is_separate = False
         # Whether any micro-batch had a target; taken for granted where only the device knows.
         self.holds_something = False
         self._taken = 0
@@ -60,6 +62,7 @@ class Window:
         """
         self.size = batches * parts
         self.is_complete = False
+        self.is_separate = self._outputs_differ and self.size > 1
         self._batches_left = batches
 
     def state(self) -> dict[str, Any]:
@@ -78,11 +81,6 @@ class Window:
         """Counts a batch, all of whose parts have been taken."""
         self._batches_left -= 1
         self.is_complete = self._batches_left <= 0
-
-    @property
-    def is_separate(self) -> bool:
-        """Whether each output's loss goes backward by itself."""
-        return self._outputs_differ and self.size > 1
 
     def take(self, parts: Sequence[Part]) -> tuple[Tensor | None, Tensor | None]:
         """Adds a micro-batch to the window.

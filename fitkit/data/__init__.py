@@ -227,7 +227,7 @@ def _are_arrays(data: Any, y: Any) -> bool:
     if not isinstance(data, list):
         return y is not None and not hasattr(type(data), "__next__")
     # A list of arrays is several inputs; a list of tuples, dicts or other objects is a list of ready batches.
-    return y is not None or any(is_array(item) or isinstance(item, (bool, int, float, str)) for item in data)
+    return y is not None or any(is_array(item) or isinstance(item, (bool, int, float, str)) for item in data[:1])
 
 
 def _is_dataset(data: Any) -> bool:
