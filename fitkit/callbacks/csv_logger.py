@@ -38,14 +38,13 @@ class CSVLogger(Callback):
         ValueError: separator is not one character.
 
     Example:
+        >>> from pathlib import Path
         >>> logger = CSVLogger("log.csv")
         >>> logger.on_train_begin()
         >>> logger.on_epoch_begin(0)
         >>> logger.on_epoch_end(0, {"loss": 0.5})
-        >>> print(open("log.csv").read())
-        epoch,loss
-        0,0.5
-        <BLANKLINE>
+        >>> Path("log.csv").read_text()
+        'epoch,loss\\n0,0.5\\n'
     """
 
     adds_to_logs = ()
@@ -104,8 +103,8 @@ class CSVLogger(Callback):
     def _read(self) -> tuple[list[str], list[Row]]:
         with open(self.filename, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, delimiter=self.separator)
+            keys = list(reader.fieldnames or ())
             rows = list(reader)
-        keys = list(reader.fieldnames or ())
         if keys and keys[0] != "epoch":
             raise ValueError(
                 f"Expected a file that CSVLogger wrote with separator={self.separator!r}, received {self.filename!r}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -127,7 +128,9 @@ class TensorBoard(Callback):
                 f"{', '.join(keywords)}. Leave write_graph out."
             )
         try:
-            with kept_modes(module), kept_random_state(self.model.device), torch.no_grad():
+            with kept_modes(module), kept_random_state(self.model.device), torch.no_grad(), warnings.catch_warnings():
+                # The writer's own use of it.
+                warnings.filterwarnings("ignore", ".torch.jit.*is deprecated", DeprecationWarning)
                 module.eval()
                 self._writer("train").add_graph(module, arguments, use_strict_trace=False)
         except Exception as error:
