@@ -43,8 +43,8 @@ class CSVLogger(Callback):
         >>> logger.on_train_begin()
         >>> logger.on_epoch_begin(0)
         >>> logger.on_epoch_end(0, {"loss": 0.5})
-        >>> Path("log.csv").read_text()
-        'epoch,loss\\n0,0.5\\n'
+        >>> Path("log.csv").read_text().split()
+        ['epoch,loss', '0,0.5']
     """
 
     adds_to_logs = ()
