@@ -25,9 +25,13 @@ def import_extra(module: str, extra: str, user: str) -> Any:
         ImportError: it is not installed.
     """
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        # A folder of that name, such as the one that W&B keeps its files in, can be imported as an empty package.
+        if getattr(found, "__file__", None) is None:
+            raise ImportError(f"{module} is a folder here, {show(list(found.__path__))}, and no package")
     except ImportError as error:
         raise ImportError(f"{user} needs {extra}: pip install 'fitkit[{extra}]'. ({error})") from error
+    return found
 
 
 def check_hyperparameters(value: Any) -> dict[str, Any]:
