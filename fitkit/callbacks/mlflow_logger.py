@@ -53,11 +53,12 @@ class MLflowLogger(Callback):
         mlflow = import_extra("mlflow", "mlflow", "MLflowLogger")
         active = mlflow.active_run()
         self._is_own = active is None
-        # A resumed fit knows the run that it began.
+        # A resumed fit knows the run that it began, and MLflow takes a run's parameters only once.
+        is_new = self.run_id is None
         run = mlflow.start_run(run_id=self.run_id, run_name=self.run_name) if active is None else active
         self._is_open = True
         self.run_id = run.info.run_id
-        if self.hyperparameters:
+        if self.hyperparameters and is_new:
             mlflow.MlflowClient().log_batch(
                 self.run_id, params=[mlflow.entities.Param(key, str(v)) for key, v in self.hyperparameters.items()]
             )

@@ -47,6 +47,7 @@ SCHEDULERS: dict[str, Callable[[Any], lr_scheduler.LRScheduler]] = {
     "ChainedScheduler": lambda optimizer: lr_scheduler.ChainedScheduler(
         [lr_scheduler.ConstantLR(optimizer, 0.1, 3), halving(optimizer)], optimizer=optimizer
     ),
+    "MultiStepLR": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [2, 4]),
     "CyclicLR": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, cycle_momentum=False),
 }
 
@@ -173,7 +174,8 @@ def test_a_callable_starts_anew_from_the_present_rate_at_each_fit() -> None:
     assert "initial_lr" not in model.optimizer.param_groups[0]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["OneCycleLR", "StepLR", "LambdaLR"])
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # of torch's SequentialLR
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_state_goes_on_where_it_was(name: str, tmp_path: Any) -> None:
     class Saving(fitkit.callbacks.Callback):
         def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:

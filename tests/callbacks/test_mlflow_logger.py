@@ -86,9 +86,9 @@ def test_an_error_ends_the_run_as_what_it_is(error: type[BaseException], status:
 
 
 def test_a_resumed_fit_goes_on_in_its_run() -> None:
-    logger = MLflowLogger()
+    logger = MLflowLogger(hyperparameters={"epochs": 1})
     fitted(logger, epochs=1)
-    state, again = logger.state_dict(), MLflowLogger()
+    state, again = logger.state_dict(), MLflowLogger(hyperparameters={"epochs": 3})
     resuming = LambdaCallback(on_train_begin=lambda logs: again.load_state_dict(state))
     fitted(again, resuming, initial_epoch=1)
     assert [step for step, _ in column(state["run_id"], "loss")] == [0, 1, 2]
