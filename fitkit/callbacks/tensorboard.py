@@ -129,8 +129,8 @@ class TensorBoard(Callback):
             )
         try:
             with kept_modes(module), kept_random_state(self.model.device), torch.no_grad(), warnings.catch_warnings():
-                # The writer's own use of it.
-                warnings.filterwarnings("ignore", ".torch.jit.*is deprecated", DeprecationWarning)
+                # The writer's own use of it; the category differs between versions of torch.
+                warnings.filterwarnings("ignore", ".torch.jit.*is deprecated")
                 module.eval()
                 self._writer("train").add_graph(module, arguments, use_strict_trace=False)
         except Exception as error:
