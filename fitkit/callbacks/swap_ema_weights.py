@@ -57,9 +57,10 @@ class SwapEMAWeights(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        self._parameters: list[Tensor] = []
+        # A list for each kind of tensor, of those that are updated in one go.
+        self._parameters: list[list[Tensor]] = []
         # Outside the module: the average, or the weights while the module has the average. None before the first step.
-        self._kept: list[Tensor] | None = None
+        self._kept: list[list[Tensor]] | None = None
         self._is_swapped = False
         self._swapped_for_pass = False
 
@@ -67,28 +68,27 @@ class SwapEMAWeights(Callback):
         """Forgets the fit before, and listens to the optimizer's steps."""
         optimizer = optimizer_of(self)
         self._forget()
-        parameters = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
-        # Lists of one kind of tensor are updated in one go.
-        self._parameters = sorted(parameters, key=_kind)
+        self._parameters = _by_kind(
+            [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
+        )
         self._average = get_ema_multi_avg_fn(self.momentum)
         self._listener = StepListener(optimizer, self._update)
 
     @torch.no_grad()
     def _update(self) -> None:
         if self._kept is None:
-            self._kept = [parameter.clone() for parameter in self._parameters]
+            self._kept = _copies(self._parameters)
             return
-        start = 0
-        for end in _ends(self._parameters):
-            self._average(self._kept[start:end], self._parameters[start:end], 0)
-            start = end
+        for averages, parameters in zip(self._kept, self._parameters, strict=True):
+            self._average(averages, parameters, 0)
 
     @torch.no_grad()
     def _swap(self) -> None:
         """Exchanges the module's weights for those that are kept."""
-        if self._kept is not None and self._kept:
-            weights = [parameter.clone() for parameter in self._parameters]
-            torch._foreach_copy_(self._parameters, self._kept)
+        if self._kept is not None:
+            weights = _copies(self._parameters)
+            for parameters, kept in zip(self._parameters, self._kept, strict=True):
+                torch._foreach_copy_(parameters, kept)
             self._kept = weights
             self._is_swapped = not self._is_swapped
 
@@ -146,7 +146,7 @@ class SwapEMAWeights(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state in the middle of a fit: a copy of the weights outside the module, and whether these are swapped."""
-        kept = None if self._kept is None else [tensor.clone() for tensor in self._kept]
+        kept = None if self._kept is None else _copies(self._kept)
         return {"kept": kept, "is_swapped": self._is_swapped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -158,27 +158,34 @@ class SwapEMAWeights(Callback):
         Raises:
             ValueError: it is of other parameters.
         """
-        kept: Sequence[Tensor] | None = state["kept"]
+        kept: list[list[Tensor]] | None = state["kept"]
         if kept is not None:
-            if [tensor.shape for tensor in kept] != [parameter.shape for parameter in self._parameters]:
+            if _shapes(kept) != _shapes(self._parameters):
                 raise ValueError(
                     "Expected the averages of this optimizer's parameters, received those of others: "
-                    f"{len(kept)} tensors of other shapes than the {len(self._parameters)} parameters. Resume with the "
-                    "module and the optimizer of the saved run."
+                    f"{_shapes(kept)} for parameters of {_shapes(self._parameters)}. Resume with the module and the "
+                    "optimizer of the saved run."
                 )
-            kept = [
-                torch.empty_like(parameter).copy_(tensor)
-                for parameter, tensor in zip(self._parameters, kept, strict=True)
-            ]
+            # Copies of the parameters are where these are, and of their dtype.
+            copies = _copies(self._parameters)
+            for copied, saved in zip(copies, kept, strict=True):
+                torch._foreach_copy_(copied, saved)
+            kept = copies
         self._kept = kept
         self._is_swapped = state["is_swapped"]
 
 
-def _kind(tensor: Tensor) -> tuple[str, str]:
-    return str(tensor.device), str(tensor.dtype)
+def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors in lists of one device and dtype each, in their order."""
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(found.values())
 
 
-def _ends(tensors: Sequence[Tensor]) -> list[int]:
-    """Where, in a list sorted by kind, each kind ends."""
-    kinds = [_kind(tensor) for tensor in tensors]
-    return [index + 1 for index, kind in enumerate(kinds) if kinds[index + 1 : index + 2] != [kind]]
+def _copies(groups: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    return [[tensor.clone() for tensor in group] for group in groups]
+
+
+def _shapes(groups: Sequence[Sequence[Tensor]]) -> list[list[tuple[int, ...]]]:
+    return [[tuple(tensor.shape) for tensor in group] for group in groups]

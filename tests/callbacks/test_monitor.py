@@ -130,3 +130,11 @@ def test_a_key_that_a_later_callback_adds_cannot_be_watched() -> None:
 def test_a_callback_that_says_nothing_may_add_anything() -> None:
     with pytest.raises(ValueError, match="found no such key in the epoch's logs. Did you mean 'answer'"):
         fitted(Silent(), EarlyStopping("answr"))
+
+
+def test_one_string_is_no_list_of_keys() -> None:
+    class Wrong(Answering):
+        adds_to_logs: Any = "answer"
+
+    with pytest.raises(TypeError, match=r"received Wrong.adds_to_logs='answer'. Write \('answer',\)"):
+        fitted(Wrong())

@@ -170,8 +170,8 @@ def test_a_state_of_other_parameters_is_refused() -> None:
     averaging = SwapEMAWeights()
     averaging.set_model(compiled())
     averaging.on_train_begin({})
-    with pytest.raises(ValueError, match="received those of others: 1 tensors"):
-        averaging.load_state_dict({"kept": [torch.zeros(3)], "is_swapped": False})
+    with pytest.raises(ValueError, match=r"received those of others: \[\[\(3,\)\]\] for parameters of"):
+        averaging.load_state_dict({"kept": [[torch.zeros(3)]], "is_swapped": False})
     averaging.on_train_end({})
 
 
