@@ -131,7 +131,7 @@ class TensorBoard(Callback):
             with kept_modes(module), kept_random_state(self.model.device), torch.no_grad(), warnings.catch_warnings():
                 # The writer's own use of it; the category differs between versions of torch.
                 warnings.filterwarnings("ignore", ".torch.jit.*is deprecated")
-                module.eval()
+                # It traces in eval mode, and gives all modules the root's mode afterwards.
                 self._writer("train").add_graph(module, arguments, use_strict_trace=False)
         except Exception as error:
             raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +107,17 @@ def test_the_graph_has_the_modules_and_changes_no_weight(tmp_path: Path) -> None
         return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Linear(3, 1))
 
     with_graph, without = module(), module()
-    fitted(TensorBoard(tmp_path, write_graph=True), module=with_graph)
+    with_graph[3].eval()  # type: ignore[index]
+    modes: list[list[bool]] = []
+    looking = LambdaCallback(
+        on_train_batch_end=lambda batch, logs: modes.append([part.training for part in with_graph.modules()])
+    )
+    fitted(TensorBoard(tmp_path, write_graph=True), looking, module=with_graph)
     fitted(module=without)
     names = {node.name for node in read(tmp_path / "train").Graph().node}
     assert any("BatchNorm1d[1]" in name for name in names)
     assert all(map(torch.equal, with_graph.state_dict().values(), without.state_dict().values()))
-    assert with_graph.training
+    assert modes[0] == [True, True, True, True, False]
     assert not with_graph._forward_pre_hooks
 
 
@@ -124,6 +131,19 @@ def test_a_module_with_inputs_by_keyword_has_no_graph(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="write_graph=True needs .* received inputs by keyword: x"):
         model.fit({"x": X}, Y, epochs=1, callbacks=[TensorBoard(tmp_path, write_graph=True)], verbose=0)
     assert not model.module._forward_pre_hooks
+
+
+def test_a_module_that_cannot_be_traced_is_an_error_that_says_what_to_leave_out(tmp_path: Path) -> None:
+    class Training(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.training:
+                raise RuntimeError("only for training")
+            return super().forward(x)
+
+    with pytest.raises(
+        ValueError, match="write_graph=True needs a module .* Leave write_graph out. .only for training."
+    ):
+        fitted(TensorBoard(tmp_path, write_graph=True), module=Training(2, 1))
 
 
 def test_hyperparameters_are_written_with_the_last_numbers(tmp_path: Path) -> None:
@@ -147,6 +167,21 @@ def test_what_was_written_before_an_error_is_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="in mid-run"):
         fitted(TensorBoard(tmp_path), LambdaCallback(on_epoch_begin=fail))
     assert len(points(tmp_path / "train", "epoch_loss")) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_writer_is_left_at_work(fails: bool, tmp_path: Path) -> None:
+    def writers() -> int:
+        return sum("AsyncWriter" in type(thread).__name__ for thread in threading.enumerate())
+
+    def step(epoch: int, logs: Any) -> None:
+        assert writers() == 1 + (epoch > 0)  # that of training, and then that of validation
+        if fails and epoch == 1:
+            raise RuntimeError("in mid-run")
+
+    with pytest.raises(RuntimeError, match="in mid-run") if fails else contextlib.nullcontext():
+        fitted(TensorBoard(tmp_path), LambdaCallback(on_epoch_begin=step), validation_data=(X, Y))
+    assert writers() == 0
 
 
 def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
