@@ -34,6 +34,8 @@ _MORE = set(
 )
 # ... and those that say less is better whatever else is there: an accuracy's loss, a Brier score.
 _LESS = {"brier", "distance", "divergence", "err", "error", "loss"}
+# Epochs that a notebook shows of a longer run: the first and the last ones.
+NOTEBOOK_ROWS = 20
 _FORMAT = "fitkit history"
 _FORMAT_VERSION = 1
 
@@ -195,10 +197,55 @@ class History:
             ImportError: matplotlib is not installed.
             ValueError: a key is unknown, or there is nothing to draw.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("History.plot needs matplotlib: pip install 'fitkit[plot]'.") from error
+        names = self._shown(metrics)
+        figure, places = _grid(len(names))
+        for axes, name in zip(places, names, strict=True):
+            self._plot_metric(axes, name)
+        return figure
+
+    @staticmethod
+    def compare(histories: Mapping[str, History], metrics: str | Sequence[str] | None = None) -> Figure:
+        """Draws several runs together: one axis a metric, one color a run, the best epoch of each as a dot.
+
+        Validation is the solid line and training the dashed one; where a run has only one of them, it is solid.
+
+        Args:
+            histories: the runs by the labels that they get, such as {"adam": history, "sgd": other}.
+            metrics: as in `plot`, None for all that any of the runs has.
+
+        Returns:
+            A figure of its own, as `plot` does.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            TypeError: histories is no dict of them.
+            ValueError: no run has a key of that name, or there is nothing to draw.
+
+        Example:
+            >>> figure = History.compare({"adam": History(), "sgd": History()})
+            Traceback (most recent call last):
+            ValueError: There is nothing to plot: no numbers are recorded.
+        """
+        if not isinstance(histories, Mapping) or not all(isinstance(each, History) for each in histories.values()):
+            raise TypeError(
+                f"Expected {{label: History}}, received histories={show(histories)}. Give each run a label: "
+                'History.compare({"adam": first, "sgd": second}).'
+            )
+        # One History with the keys of all finds the names.
+        every = History()
+        every.history = {key: [] for history in histories.values() for key in history}
+        names = every._shown(metrics)
+        figure, places = _grid(len(names))
+        for axes, name in zip(places, names, strict=True):
+            for index, (label, history) in enumerate(histories.items()):
+                history._add_to_comparison(axes, name, str(label), f"C{index % 10}")
+            if any(line.get_linestyle() == "--" for line in axes.lines):
+                axes.plot([], [], color="gray", linestyle="--", linewidth=1, label="training")
+            _finish(axes, name)
+        return figure
+
+    def _shown(self, metrics: str | Sequence[str] | None) -> list[str]:
+        """The names that a plot has an axis for."""
         known = list(dict.fromkeys(self._training_key(key) for key in self.history))
         if metrics is None:
             names = [name for name in known if not is_detail(name)]
@@ -208,13 +255,36 @@ class History:
             if name not in known:
                 raise unknown_name("metrics", name, known)
         if not names:
-            raise ValueError("There is nothing to plot: this History has recorded no numbers.")
-        columns = min(len(names), 3)
-        rows = math.ceil(len(names) / columns)
-        figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
-        for position, name in enumerate(names, start=1):
-            self._plot_metric(figure.add_subplot(rows, columns, position), name)
-        return figure
+            raise ValueError("There is nothing to plot: no numbers are recorded.")
+        return names
+
+    def _add_to_comparison(self, axes: Axes, name: str, label: str, color: str) -> None:
+        judged = self._judged(name)
+        for key in dict.fromkeys((name, judged)):
+            points = self._points(key)
+            if not points:
+                continue
+            solid = key == judged
+            axes.plot(
+                list(points),
+                list(points.values()),
+                color=color,
+                linestyle="-" if solid else "--",
+                linewidth=1.5 if solid else 1,
+                label=label if solid else None,
+            )
+        best = None if _has_no_best(name) else _best_index(self.history.get(judged, ()), direction_of(judged))
+        if best is not None:
+            epoch = self.epoch[best] + 1
+            axes.plot([epoch], [self._points(judged)[epoch]], marker="o", color=color)
+
+    def _judged(self, name: str) -> str:
+        """The key by which an epoch is the best: validation where there is one."""
+        return f"val_{name}" if f"val_{name}" in self.history else name
+
+    def _points(self, key: str) -> dict[int, float]:
+        """What was measured, by the epoch counted from 1: a line has no gap where an epoch had no validation."""
+        return {self.epoch[i] + 1: y for i, y in enumerate(self.history.get(key, ())) if y is not None}
 
     def _training_key(self, key: str) -> str:
         # A validation key without its training key, as a callback may add one, stands for itself.
@@ -222,24 +292,19 @@ class History:
         return stripped if stripped in self.history or f"val_{stripped}" in self.history else key
 
     def _plot_metric(self, axes: Axes, name: str) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        judged = f"val_{name}" if f"val_{name}" in self.history else name
-        for key, label in ((name, "training"), (f"val_{name}", "validation")):
-            # Only what was measured, so that the line has no gap where an epoch had no validation.
-            points = {self.epoch[i] + 1: y for i, y in enumerate(self.history.get(key, ())) if y is not None}
+        judged = self._judged(name)
+        # Of a learning rate or a gradient norm there is no validation to tell it from, and no best one.
+        training = None if _has_no_best(name) else "training"
+        for key, label in ((name, training), (f"val_{name}", "validation")):
+            points = self._points(key)
             if points:
                 marker = "o" if len(points) <= 30 else ""
                 axes.plot(list(points), list(points.values()), marker=marker, markersize=3, label=label)
-        best = _best_index(self.history[judged], direction_of(judged))
-        # Of a learning rate or a gradient norm there is no best one.
-        if best is not None and name != "learning_rate" and not name.startswith("grad_"):
+        best = None if _has_no_best(name) else _best_index(self.history[judged], direction_of(judged))
+        if best is not None:
             label = f"best: epoch {self.epoch[best] + 1} ({self.history[judged][best]:.4g})"
             axes.axvline(self.epoch[best] + 1, color="gray", linestyle="--", linewidth=1, label=label)
-        axes.set(title=name, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize="small")
+        _finish(axes, name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file, whole or not at all; NaN and infinities are strings in it.
@@ -348,16 +413,47 @@ class History:
         return self._table("simple") + note
 
     def _repr_html_(self) -> str:
-        """The table, for notebooks."""
-        return self._table("html")
+        """The table, for notebooks: at most 20 epochs of it, and below it why the run ended."""
+        count = f"{len(self)} epoch{'' if len(self) == 1 else 's'}"
+        ended = "not ended" if self.stop_reason is None else f"ended by {self.stop_reason}"
+        return f"{self._table('html', most=NOTEBOOK_ROWS)}<p>{count}, {ended}</p>"
 
-    def _table(self, style: str) -> str:
+    def _table(self, style: str, most: int | None = None) -> str:
         # Here, since importing it takes longer than the rest of this file's work.
         from tabulate import tabulate
 
         shown = {key: column for key, column in self.history.items() if not is_detail(key)}
+        rows: list[list[Any]]
         rows = [[epoch + 1, *(column[i] for column in shown.values())] for i, epoch in enumerate(self.epoch)]
+        if most is not None and len(rows) > most:
+            rows[most // 2 : -(most // 2)] = [["⋯"]]
         return str(tabulate(rows, headers=["epoch", *shown], tablefmt=style, floatfmt=".5g", missingval=""))
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with so many axes, three in a row."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("A plot of a History needs matplotlib: pip install 'fitkit[plot]'.") from error
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, position) for position in range(1, count + 1)]
+
+
+def _finish(axes: Axes, name: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(title=name, xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize="small")
+
+
+def _has_no_best(name: str) -> bool:
+    """Whether it is a learning rate or a gradient norm, of which none is the best."""
+    return name == "learning_rate" or name.startswith("grad_")
 
 
 def _best_index(column: Sequence[float | None], direction: Direction) -> int | None:

@@ -183,6 +183,9 @@ class RunningNumbers(Protocol):
     def number(self, name: str) -> Tensor:
         """The number of that name as a 0-d tensor."""
 
+    def first_bad(self) -> Tensor:
+        """The index of the first batch whose loss is not finite, -1 when there is none, as a 0-d tensor."""
+
 
 @final
 class BatchLogs(Mapping[str, float]):
@@ -211,6 +214,14 @@ class BatchLogs(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self._numbers.names())
+
+    def first_nonfinite(self) -> int | None:
+        """The index of the epoch's first batch whose loss was NaN or infinite, None when all were finite.
+
+        A batch without any target has no loss, and none that is not finite. Asking reads the device once.
+        """
+        index = int(self._numbers.first_bad())
+        return None if index < 0 else index
 
     def __repr__(self) -> str:
         return repr(dict(self))

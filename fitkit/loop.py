@@ -227,9 +227,11 @@ def _released(step: TrainStep) -> Iterator[None]:
 
 def _judge_losses(loss: float, first_bad: int | None, epoch: int, run: FitRun) -> None:
     """What on_nonfinite says about an epoch whose training loss is NaN or infinite."""
-    if (first_bad is None and math.isfinite(loss)) or run.flags.on_nonfinite == "ignore":
+    stops = any(callback.stops_on_nonfinite for callback in run.callbacks)
+    action = "stop" if stops else run.flags.on_nonfinite
+    if (first_bad is None and math.isfinite(loss)) or action == "ignore":
         return
-    if run.flags.on_nonfinite == "stop":
+    if action == "stop":
         run.model.stop_training = True
         run.model.history.stop_reason = "nonfinite"
         return

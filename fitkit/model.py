@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fitkit import loop
 from fitkit.batch import join, unpack
-from fitkit.callbacks import Callback, EarlyStopping, LambdaCallback, ProgressBar
+from fitkit.callbacks import Callback, EarlyStopping, ProgressBar
 from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
 from fitkit.callbacks.monitor import MonitorCallback
@@ -683,17 +683,15 @@ class Model:
         if flags.track_grad_norm != -1:
             known += norm_names(self.module, trained_parameters(self._require_compiled()), float(flags.track_grad_norm))
         own_steps = any(self._overridden(name) for name in ("training_step", "validation_step"))
-        adding = [
-            callback
-            for callback in callbacks
-            if not type(callback).__module__.startswith("fitkit.") or isinstance(callback, LambdaCallback)
-        ]
+        adding = [callback for callback in callbacks if callback.adds_to_logs is None]
         may_be_added = own_steps or any(
             {"on_epoch_end", "on_test_end"} & set(implemented_hooks(callback)) for callback in adding
         )
         for callback in callbacks:
             if isinstance(callback, MonitorCallback):
                 callback.check_monitor(known, may_be_added)
+            # What one adds, those after it can watch.
+            known += callback.adds_to_logs or ()
 
     def _hooks(self, callbacks: Sequence[Callback], params: dict[str, Any], *more: Any) -> HookTable:
         """Introduces the callbacks to the model, and lists who answers which hook."""

@@ -7,7 +7,7 @@ the plain one computes, up to the order of roundings within a step (a few units 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -127,3 +127,22 @@ def _refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
             "Expected an optimizer over parameters of the module, received an optimizer that holds none of them. "
             "Make it from the parameters of the module that the Model was given."
         )
+
+
+def learning_rates(optimizer: Optimizer) -> list[float]:
+    """The learning rate of each parameter group."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def set_learning_rates(optimizer: Optimizer, rates: Sequence[float]) -> None:
+    """Gives each parameter group its learning rate.
+
+    Args:
+        optimizer: whose groups.
+        rates: one for each of them.
+    """
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):  # a captured or compiled step reads this very tensor
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

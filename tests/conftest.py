@@ -9,6 +9,9 @@ from collections.abc import Iterator
 # The tensors of tests are tiny: threads would only wait for each other. torch reads this when it is imported, and the
 # processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What counts its users over the network does not count tests.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 import numpy as np
 import pytest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import contextlib
 import doctest
+import importlib.util
 import io
 import re
 import sys
@@ -19,10 +20,12 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 TEST_COMMAND = "pip install tox && tox"
 
-# A fenced block; before it the comment that says which error it ends in, <!-- raises ValueError -->; and after it
-# the block of text that it prints, the error last. In this text "..." stands for anything.
+# A fenced block; before it the comment that says which error it ends in, <!-- raises ValueError -->, or without which
+# packages it is left out, <!-- needs mlflow -->; and after it the block of text that it prints, the error last. In this
+# text "..." stands for anything.
 BLOCK = re.compile(
-    r"^(?:<!-- raises (?P<error>\w+) -->\s*\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```[ \t]*$"
+    r"^(?:<!-- raises (?P<error>\w+) -->\s*\n)?(?:<!-- needs (?P<needs>[\w ]+) -->\s*\n)?"
+    r"```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```[ \t]*$"
     r"(?:\s*^```text\n(?P<output>.*?)^```[ \t]*$)?",
     re.M | re.S,
 )
@@ -36,13 +39,14 @@ class Block:
     code: str
     line: int
     error: str | None
+    needs: str | None
     output: str | None
 
 
 def blocks(text: str) -> Iterator[Block]:
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("code"))
-        yield Block(match["language"], match["code"], line, match["error"], match["output"])
+        yield Block(match["language"], match["code"], line, match["error"], match["needs"], match["output"])
 
 
 def section(title: str) -> str:
@@ -68,8 +72,15 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, obje
     return vars(module)
 
 
+def is_installed(package: str) -> bool:
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
+
+
 def run(block: Block, path: Path, namespace: dict[str, object]) -> str:
     """What the block prints, and after it the error in which it is marked to end."""
+    if block.needs is not None and not all(map(is_installed, block.needs.split())):
+        return ""
     # The blank lines make a traceback show the document's own line.
     code = compile("\n" * block.line + block.code, str(path), "exec")
     printed = io.StringIO()
@@ -94,6 +105,8 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in HEADING.findall(text)}
 
 
+# What SQLAlchemy says of MLflow.
+@pytest.mark.filterwarnings("ignore:The ..noload:DeprecationWarning")
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_python_in_documents_runs_and_prints_what_they_say(path: Path, namespace: dict[str, object]) -> None:
     for block in blocks(path.read_text(encoding="utf-8")):

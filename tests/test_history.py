@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,8 +140,23 @@ def test_the_table_of_an_empty_history_is_a_header() -> None:
     assert str(History()).split()[0] == "epoch"
 
 
-def test_a_notebook_gets_an_html_table() -> None:
-    assert recorded(loss=[0.5])._repr_html_().startswith("<table>")
+def test_a_notebook_gets_an_html_table_and_why_the_run_ended() -> None:
+    history = recorded(loss=[0.5])
+    history.stop_reason = "epochs"
+    html = history._repr_html_()
+    assert html.startswith("<table>")
+    assert html.endswith("<p>1 epoch, ended by epochs</p>")
+
+
+def test_a_notebook_gets_the_first_and_the_last_of_many_epochs() -> None:
+    html = recorded(loss=[float(epoch) for epoch in range(1000)])._repr_html_()
+    shown = [int(number) for number in re.findall(r"<tr><td[^>]*>\s*(\d+)\s*</td>", html)]
+    assert shown == [*range(1, 11), *range(991, 1001)]
+    assert html.count("⋯") == 1
+
+
+def test_text_has_every_epoch() -> None:
+    assert len(str(recorded(loss=[1.0] * 50)).splitlines()) == 52
 
 
 def test_the_repr_is_one_short_line() -> None:
@@ -263,6 +279,44 @@ def test_a_plot_of_an_unknown_metric_names_the_nearest() -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="Did you mean 'accuracy'"):
         recorded(accuracy=[0.5]).plot("acuracy")
+
+
+def test_a_comparison_has_a_solid_line_a_run_in_its_color_and_its_best_epoch() -> None:
+    pytest.importorskip("matplotlib")
+    first = recorded(loss=[3.0, 2.0], val_loss=[3.0, 4.0])
+    second = recorded(loss=[5.0, 4.0, 3.0])
+    [axes] = History.compare({"first": first, "second": second}).axes
+    assert axes.get_legend_handles_labels()[1] == ["first", "second", "training"]
+    drawn = [
+        (line.get_color(), line.get_linestyle(), line.get_marker(), list(map(float, line.get_ydata())))
+        for line in axes.lines
+        if len(line.get_ydata())
+    ]
+    assert drawn == [
+        ("C0", "--", "None", [3.0, 2.0]),
+        ("C0", "-", "None", [3.0, 4.0]),
+        ("C0", "-", "o", [3.0]),
+        ("C1", "-", "None", [5.0, 4.0, 3.0]),
+        ("C1", "-", "o", [3.0]),
+    ]
+
+
+def test_a_comparison_has_the_metrics_of_any_run() -> None:
+    pytest.importorskip("matplotlib")
+    runs = {"a": recorded(loss=[1.0], learning_rate=[0.1]), "b": recorded(loss=[1.0], accuracy=[0.5])}
+    assert [axes.get_title() for axes in History.compare(runs).axes] == ["loss", "learning_rate", "accuracy"]
+    assert [axes.get_title() for axes in History.compare(runs, "accuracy").axes] == ["accuracy"]
+
+
+def test_a_comparison_can_be_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    History.compare({"a": recorded(loss=[1.0, math.nan]), "b": recorded(loss=[math.inf])}).savefig(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_without_labels_shows_how() -> None:
+    with pytest.raises(TypeError, match=r'Give each run a label: History.compare\({"adam": first'):
+        History.compare([History()])  # type: ignore[arg-type]
 
 
 def test_a_plot_of_nothing_is_an_error() -> None:

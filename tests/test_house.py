@@ -32,7 +32,7 @@ FLOORS = [
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.
-CALLBACK_BASE = {"callback", "monitor", "hooks", "display"}
+CALLBACK_BASE = {"callback", "monitor", "hooks", "display", "optimizer", "extras"}
 FORBIDDEN_NAMES = {"utils", "core", "engine", "manager", "helpers"}
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitkit.logs import HELD, Mean, Tally, read
+from fitkit.logs import HELD, BatchLogs, Mean, Tally, read
 
 CPU = torch.device("cpu")
 
@@ -90,3 +90,24 @@ def test_a_tally_starts_anew() -> None:
 
 def test_reading_nothing_is_nothing() -> None:
     assert read({}) == {}
+
+
+class Losses:
+    """Running numbers of which only the first bad one is asked."""
+
+    def __init__(self, *values: float) -> None:
+        self.mean = _mean([(value, 1.0) for value in values])
+
+    def names(self) -> list[str]:
+        return ["loss"]
+
+    def number(self, name: str) -> torch.Tensor:
+        return self.mean.value()
+
+    def first_bad(self) -> torch.Tensor:
+        return self.mean.first_bad()
+
+
+def test_batch_logs_tell_the_first_loss_that_is_not_finite() -> None:
+    assert BatchLogs(Losses(1.0, math.nan, math.inf)).first_nonfinite() == 1
+    assert BatchLogs(Losses(1.0, 2.0)).first_nonfinite() is None

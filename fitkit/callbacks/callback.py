@@ -17,7 +17,7 @@ The order of the hooks in a fit (`loop.py` is what calls them)::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fitkit._types import ModelProtocol
@@ -30,9 +30,14 @@ class Callback:
     read. The logs of an epoch are plain floats in one dict, which all callbacks share: what one adds, those after
     it and History see.
 
-    A callback whose state outlives a run also has ``state_dict()`` and ``load_state_dict(state)``.
+    A callback whose state outlives a run also has ``state_dict()`` and ``load_state_dict(state)``. The latter is
+    called after ``on_train_begin`` of a run that is resumed.
 
     Attributes:
+        adds_to_logs: the keys that it adds to the logs of every epoch; a monitor of a later callback may be one of
+            them. None, the default: whatever it likes, so that a monitor is judged only when it is missing.
+        stops_on_nonfinite: whether a run with this callback is stopped when the training loss of an epoch is not
+            finite, whatever ``on_nonfinite`` says.
         model: the Model that runs; set before the first hook.
         params: facts about the run; set before the first hook, empty until then. In a fit: "epochs" (the index
             before which training ends), "initial_epoch", "steps" and "validation_steps" (batches an epoch, None
@@ -45,6 +50,9 @@ class Callback:
         >>> PrintLoss().on_epoch_end(0, {"loss": 0.5})
         0: 0.5
     """
+
+    adds_to_logs: Sequence[str] | None = None
+    stops_on_nonfinite: bool = False
 
     model: ModelProtocol
     params: dict[str, Any]

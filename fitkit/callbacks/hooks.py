@@ -98,7 +98,8 @@ def check_callbacks(callbacks: object) -> list[Callback]:
         callbacks: None, a Callback, or a list or tuple of them.
 
     Raises:
-        TypeError: something in it is no instance of Callback, or a hook cannot take its arguments.
+        TypeError: something in it is no instance of Callback, a hook cannot take its arguments, or adds_to_logs is one
+            string.
         ValueError: a method whose name starts with ``on_`` is no hook.
     """
     if callbacks is None:
@@ -117,6 +118,11 @@ def check_callbacks(callbacks: object) -> list[Callback]:
             )
         _check_names(callback)
         _check_arguments(callback)
+        if isinstance(callback.adds_to_logs, str):
+            raise TypeError(
+                f"Expected the keys in a tuple, received {type(callback).__name__}.adds_to_logs="
+                f"{callback.adds_to_logs!r}. Write ({callback.adds_to_logs!r},)."
+            )
     return list(callbacks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fitkit.callbacks.callback import Callback
@@ -25,6 +25,8 @@ class MonitorCallback(Callback):
         TypeError: monitor is no string or min_delta no number.
         ValueError: monitor is empty, mode unknown or min_delta negative, NaN or infinite.
     """
+
+    adds_to_logs: Sequence[str] | None = ()
 
     def __init__(self, monitor: str, mode: str = "auto", min_delta: float = 0.0) -> None:
         super().__init__()

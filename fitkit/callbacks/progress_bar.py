@@ -41,6 +41,8 @@ class ProgressBar(Callback):
         ValueError: refresh_interval is negative, NaN or infinite.
     """
 
+    adds_to_logs = ()
+
     def __init__(self, refresh_interval: float = 0.1, stream: TextIO | None = None) -> None:
         super().__init__()
         self.refresh_interval = check_number("refresh_interval", refresh_interval, least=0.0)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import fitkit
+from fitkit.callbacks import Callback, EarlyStopping
 from fitkit.callbacks.monitor import MonitorCallback
 
 
@@ -85,3 +89,52 @@ def test_a_tensor_is_measured_as_a_number() -> None:
 def test_a_monitor_that_is_missing_though_measurable_is_an_error(monitor: str) -> None:
     with pytest.raises(ValueError, match=r"no such key in the epoch's logs\. .*Available keys: loss, val_loss"):
         MonitorCallback(monitor).measured({"loss": 1.0, "val_loss": 2.0})
+
+
+class Answering(Callback):
+    """Adds a key to the logs, and says so."""
+
+    adds_to_logs = ("answer",)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        logs["answer"] = float(epoch)
+
+
+class Silent(Answering):
+    """Adds the key and says nothing."""
+
+    adds_to_logs = None
+
+
+def fitted(*callbacks: Callback) -> fitkit.History:
+    model = fitkit.Model(nn.Linear(1, 1), device="cpu")
+    model.compile("sgd", "mse")
+    return model.fit(torch.ones(4, 1), torch.ones(4, 1), epochs=9, callbacks=list(callbacks), verbose=0)
+
+
+@pytest.mark.parametrize("adding", [Answering, Silent])
+def test_a_key_that_an_earlier_callback_adds_can_be_watched(adding: type[Callback]) -> None:
+    assert len(fitted(adding(), EarlyStopping("answer", patience=2))) == 3
+
+
+def test_a_key_near_to_one_that_is_added_is_found_before_the_first_batch() -> None:
+    with pytest.raises(ValueError, match="watches a key that this run never logs. Did you mean 'answer'"):
+        fitted(Answering(), EarlyStopping("answr"))
+
+
+def test_a_key_that_a_later_callback_adds_cannot_be_watched() -> None:
+    with pytest.raises(ValueError, match="watches a key that this run never logs"):
+        fitted(EarlyStopping("answer"), Answering())
+
+
+def test_a_callback_that_says_nothing_may_add_anything() -> None:
+    with pytest.raises(ValueError, match="found no such key in the epoch's logs. Did you mean 'answer'"):
+        fitted(Silent(), EarlyStopping("answr"))
+
+
+def test_one_string_is_no_list_of_keys() -> None:
+    class Wrong(Answering):
+        adds_to_logs: Any = "answer"
+
+    with pytest.raises(TypeError, match=r"received Wrong.adds_to_logs='answer'. Write \('answer',\)"):
+        fitted(Wrong())

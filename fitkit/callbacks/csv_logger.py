@@ -1,0 +1,142 @@
+"""The numbers of each epoch as a row of a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+from fitkit.callbacks.callback import Callback
+from fitkit.errors import check_flag, show
+from fitkit.history import as_number
+
+Row = dict[str, str]
+MISSING = "NA"
+
+
+@final
+class CSVLogger(Callback):
+    """Writes the logs of each epoch to a CSV file, one row an epoch: "epoch", which counts from 0, then the keys.
+
+    A row is on its way to the disk when the epoch ends, and the file is never left open. Columns stay where they are:
+    a key that appears later, such as "val_loss" with ``validation_freq=5``, gets a column at the right end, for which
+    the file is rewritten once, whole or not at all. "NA" stands where a number was not measured, and pandas reads it
+    as such. Place the callback after those that add to the logs.
+
+    A run that is resumed goes on in its file, also with ``append=False``; rows of epochs that it trains anew are
+    replaced.
+
+    Args:
+        filename: the file; folders that are missing are made.
+        separator: one character between the values of a row.
+        append: whether a fit adds its rows to those that are in the file; otherwise it starts anew.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: separator is not one character.
+
+    Example:
+        >>> from pathlib import Path
+        >>> logger = CSVLogger("log.csv")
+        >>> logger.on_train_begin()
+        >>> logger.on_epoch_begin(0)
+        >>> logger.on_epoch_end(0, {"loss": 0.5})
+        >>> Path("log.csv").read_text().split()
+        ['epoch,loss', '0,0.5']
+    """
+
+    adds_to_logs = ()
+
+    def __init__(self, filename: str | os.PathLike[str], separator: str = ",", append: bool = False) -> None:
+        super().__init__()
+        if not isinstance(filename, (str, os.PathLike)):
+            raise TypeError(f"Expected a path, received filename={show(filename)}.")
+        self.filename = os.fspath(filename)
+        if not isinstance(separator, str) or len(separator) != 1:
+            raise ValueError(f"Expected one character, received separator={show(separator)}.")
+        self.separator = separator
+        self.append = check_flag("append", append)
+        self._keys: list[str] = []
+        # How many rows of the file are those of earlier runs; and whether this run has written or is to go on.
+        self._earlier = 0
+        self._goes_on = False
+        self._has_begun = False
+
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
+        """Sees that the file can be written."""
+        path = Path(self.filename)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8"):
+            pass
+        self._goes_on = self.append
+        self._has_begun = False
+        self._earlier = len(self._read()[1]) if self.append else 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Before the first epoch of a run, leaves in the file what stays there."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        keys, rows = self._read() if self._goes_on else ([], [])
+        kept = rows[: self._earlier] + [row for row in rows[self._earlier :] if int(row["epoch"]) < epoch]
+        self._keys = keys
+        if not self._goes_on or len(kept) < len(rows):
+            self._rewrite(kept)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Writes the row."""
+        row = {"epoch": str(epoch)}
+        for key, value in (logs or {}).items():
+            number = as_number(key, value)
+            row[key] = MISSING if number is None else repr(number)
+        new = [key for key in row if key not in self._keys]
+        if new:
+            rows = self._read()[1]
+            self._keys += new
+            self._rewrite([*rows, row])
+        else:
+            with open(self.filename, "a", encoding="utf-8", newline="") as file:
+                self._write(file, [row])
+
+    def _read(self) -> tuple[list[str], list[Row]]:
+        with open(self.filename, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, delimiter=self.separator)
+            keys = list(reader.fieldnames or ())
+            rows = list(reader)
+        if keys and keys[0] != "epoch":
+            raise ValueError(
+                f"Expected a file that CSVLogger wrote with separator={self.separator!r}, received {self.filename!r}, "
+                f"whose first column is {show(keys[0])}. Give another filename or separator, or append=False."
+            )
+        return keys, rows
+
+    def _rewrite(self, rows: Sequence[Row]) -> None:
+        # In the same folder: only there is the replacement one step. The id keeps two processes apart.
+        path = Path(self.filename)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with open(part, "w", encoding="utf-8", newline="") as file:
+                if self._keys:
+                    self._write(file, [{key: key for key in self._keys}, *rows])
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _write(self, file: Any, rows: Iterable[Row]) -> None:
+        writer = csv.DictWriter(file, self._keys, restval=MISSING, delimiter=self.separator, lineterminator="\n")
+        writer.writerows(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which rows of the file are those of earlier runs."""
+        return {"earlier": self._earlier}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on in the file of the run that is resumed; called after ``on_train_begin``.
+
+        Args:
+            state: what ``state_dict`` returned.
+        """
+        self._earlier = state["earlier"]
+        self._goes_on = True
