@@ -35,6 +35,7 @@ class Compiled:
         device: where it happens.
         optimizer: None when nothing can be trained.
         scaler: for "16-mixed".
+        channels_last: whether images are given to the module in that memory format.
     """
 
     module: nn.Module
@@ -45,6 +46,12 @@ class Compiled:
     device: torch.device
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
+    channels_last: bool = False
+
+    @property
+    def changes_batches(self) -> bool:
+        """Whether a batch on the host is not yet what the module is given."""
+        return self.device.type != "cpu" or self.precision == "64-true" or self.channels_last
 
 
 class Outcome(NamedTuple):
@@ -84,14 +91,14 @@ class Computation:
         self._compiled = compiled
         self._user_step = user_step
         self._class_weight = class_weight
-        self._moves = compiled.device.type != "cpu" or compiled.precision == "64-true"
+        self._moves = compiled.changes_batches
         self._dtype = torch.float64 if compiled.precision == "64-true" else None
         self._names = ["loss"] if compiled.losses is None else compiled.losses.names or ["loss"]
 
     def __call__(self, batch: Any, index: int) -> Outcome:
         on_host = batch
         if self._moves:
-            batch = move(batch, self._compiled.device, self._dtype)
+            batch = move(batch, self._compiled.device, self._dtype, channels_last=self._compiled.channels_last)
         if self._user_step is not None:
             return self._user_outcome(self._user_step(batch, index), batch)
         x, y, sample_weight = batches_of.unpack(batch)

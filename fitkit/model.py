@@ -30,11 +30,11 @@ from fitkit.flags import MAX_NB_EPOCHS, TrainingFlags
 from fitkit.gradients import kept_gradients, norm_names
 from fitkit.history import History
 from fitkit.metrics import CompiledMetrics
-from fitkit.microbatches import split_by
+from fitkit.microbatches import report_size, split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
-from fitkit.summary import summarize
+from fitkit.summary import summarize, summarize_remembered
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -78,6 +78,7 @@ class Model:
         self.stop_training = False
         self._compiled: Compiled | None = None
         self._is_fitting = False
+        self._latest_input: Any = None
 
     @property
     def module(self) -> nn.Module:
@@ -100,6 +101,7 @@ class Model:
         weighted_metrics: Any = None,
         precision: str = "32-true",
         jit_compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         """Says how the module is trained and judged.
 
@@ -118,6 +120,8 @@ class Model:
             precision: "32-true" leaves parameters as they are, "64-true" converts module and inputs to float64,
                 "bf16-mixed" and "16-mixed" run forward and loss under autocast (the latter with a GradScaler).
             jit_compile: whether to run the module through torch.compile.
+            channels_last: whether the weights of 2-d convolutions, and floating tensors of four dimensions in each
+                batch, get torch's channels-last memory format. The module's weights stay in it.
 
         Raises:
             ValueError: unknown names, an optimizer that cannot be used, arguments that exclude each other.
@@ -125,6 +129,7 @@ class Model:
         """
         check_choice("precision", precision, PRECISIONS)
         check_flag("jit_compile", jit_compile)
+        check_flag("channels_last", channels_last)
         if jit_compile and any(map(self._overridden, ("training_step", "validation_step", "predict_step"))):
             raise ValueError(
                 "jit_compile=True does not reach a step of your own, which calls self.module. Call "
@@ -137,10 +142,17 @@ class Model:
             metrics, weighted_metrics, output_names=None if losses is None else losses.names
         )
         made = make_optimizer(optimizer, self.module, learning_rate)
+        if channels_last and any(tensor.dim() == 5 for tensor in (*self.module.parameters(), *self.module.buffers())):
+            raise ValueError(
+                "channels_last=True is for 2-d images, received a module with tensors of five dimensions (3-d "
+                "convolutions). Leave it out, or call module.to(memory_format=torch.channels_last_3d) yourself."
+            )
         if losses is not None:
             losses.to(self.device, torch.float64 if precision == "64-true" else None)
         if precision == "64-true":
             self.module.double()
+        if channels_last:
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
         self._compiled = Compiled(
             module=self.module,
             forward=torch.compile(self.module) if jit_compile else self.module,
@@ -150,6 +162,7 @@ class Model:
             device=self.device,
             optimizer=made,
             scaler=torch.amp.GradScaler(self.device.type) if precision == "16-mixed" else None,
+            channels_last=channels_last,
         )
 
     @property
@@ -303,10 +316,11 @@ class Model:
             validation = loop.TestRun(self, self._test_step(compiled), validation_plan, hooks)
         self.stop_training = False
         self._is_fitting = True
+        run = loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen)
         try:
-            loop.fit(loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen))
+            loop.fit(run)
         finally:
-            self._is_fitting = False
+            self._after_fit(run)
         return self.history
 
     def evaluate(
@@ -514,10 +528,12 @@ class Model:
         return step.outputs[0]
 
     def summary(self, input_data: Any = None, *, depth: int = 3, print_fn: Callable[[str], Any] = print) -> None:
-        """Prints a table of the layers: name, output shape, parameters, trainable; with totals and size.
+        """Prints a table of the layers: name, output shape, parameters, trainable; with totals, sizes, multiply-adds.
 
         Args:
-            input_data: a batch of inputs, for output shapes; None leaves these out.
+            input_data: a batch of inputs, for output shapes. None takes zeros of the shapes of the latest fit's last
+                batch (of its last part, with micro_batch_size); before a fit, after one with a training_step of your
+                own or with batch objects of another library, it leaves the shapes out.
             depth: how many levels of nested modules are shown.
             print_fn: what the text is given to.
 
@@ -526,8 +542,11 @@ class Model:
         """
         check_integer("depth", depth, least=1)
         if input_data is not None:
-            input_data = unpack(self._one_batch(input_data, None, None))[0]
-        print_fn(summarize(self.module, input_data, depth=depth))
+            print_fn(summarize(self.module, unpack(self._one_batch(input_data, None, None))[0], depth=depth))
+        elif self._latest_input is None:
+            print_fn(summarize(self.module, depth=depth))
+        else:
+            print_fn(summarize_remembered(self.module, self._latest_input, depth=depth))
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Writes the module's state_dict, as a whole or not at all; a ``.safetensors`` path uses safetensors.
@@ -677,6 +696,12 @@ class Model:
             callback.set_model(self)
             callback.set_params(params)
         return HookTable([*listeners, *more, *bars])
+
+    def _after_fit(self, run: loop.FitRun) -> None:
+        """What remains of a run, however it ended: what a batch looked like, and how batches were split."""
+        self._is_fitting = False
+        self._latest_input = run.step.latest_input
+        report_size(run.take_batch, self.history.params)
 
     def _may_enlarge(self, step: str, callbacks: Any) -> bool:
         """Whether nothing would notice batches of another size: no step or callback of the user's, no function."""

@@ -57,6 +57,7 @@ class TrainStep:
         self._may_train_by_hand = user_step is not None
         self._by_hand = False
         self._latest: Any = None
+        self.latest_input: Any = None
         self.begin_epoch(1, None)
 
     def begin_epoch(self, batches_per_step: int, length: int | None) -> None:
@@ -175,10 +176,20 @@ class TrainStep:
         self._window.discard()
 
     def release(self) -> None:
-        """Leaves no gradient and no batch behind."""
+        """Leaves no gradient and no batch behind, only the shapes of the latest one."""
         self._window.discard()
+        self.latest_input = self._describe_latest()
         self._latest = None
         self._clear_gradients()
+
+    def _describe_latest(self) -> Any:
+        """Shapes and types of what the module was called on; None where that is not known."""
+        if self._latest is None or self._may_train_by_hand:
+            return None
+        try:
+            return batches_of.described(batches_of.unpack(self._latest)[0])
+        except (TypeError, RuntimeError):  # an object of another library, or a tensor without a plain shape
+            return None
 
     def _update(self) -> None:
         """One optimizer step: unscale, norm, clip, step."""
@@ -285,13 +296,13 @@ class PredictStep:
         self._compiled = compiled
         self._user_step = user_step
         self._autocast = autocast(compiled.precision, compiled.device)
-        self._moves = compiled.device.type != "cpu" or compiled.precision == "64-true"
+        self._moves = compiled.changes_batches
         self._dtype = torch.float64 if compiled.precision == "64-true" else None
 
     @torch.no_grad()
     def __call__(self, batch: Any, index: int) -> None:
         if self._moves:
-            batch = move(batch, self._compiled.device, self._dtype)
+            batch = move(batch, self._compiled.device, self._dtype, channels_last=self._compiled.channels_last)
         with self._autocast:
             if self._user_step is not None:
                 output = self._user_step(batch, index)
