@@ -29,6 +29,7 @@ from fitkit.errors import check_choice, check_flag, check_integer, check_number,
 from fitkit.flags import MAX_NB_EPOCHS, TrainingFlags
 from fitkit.gradients import kept_gradients, norm_names
 from fitkit.history import History
+from fitkit.learning_rate_finder import LearningRateCurve, RangeTest, undone
 from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import report_size, split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
@@ -400,6 +401,80 @@ class Model:
         with self._listeners(callbacks, verbose, plan) as hooks, self._undisturbed(), loop.reported_errors(hooks):
             outputs = loop.predict(loop.PredictRun(self, step, plan, hooks))
         return _joined(outputs)
+
+    def find_learning_rate(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        start: float = 1e-7,
+        end: float = 10.0,
+        steps: int = 100,
+        gradient_clip_val: float = 0,
+        micro_batch_size: int | str | None = None,
+        verbose: int | str = "auto",
+    ) -> LearningRateCurve:
+        """Trains for a moment with a growing learning rate, puts everything back, and says which rate to take.
+
+        The rate grows by the same factor at each optimizer step until the loss explodes: until it is NaN, infinite, or
+        its running mean is above its lowest by three times the first loss. Afterwards weights, buffers, gradients,
+        optimizer, random generators and history are bit for bit what they were, also after an error or Ctrl-C. A
+        generator of batches is read, and stays read.
+
+        Args:
+            data: as in `fit`.
+            y: as in `fit`.
+            batch_size: as in `fit`; the best rate depends on it.
+            sample_weight: as in `fit`.
+            class_weight: as in `fit`.
+            start: the first learning rate.
+            end: the last learning rate, if the loss has not exploded before.
+            steps: how many rates there are, one a batch; data with fewer batches is read again.
+            gradient_clip_val: as in `fit`.
+            micro_batch_size: as in `fit`.
+            verbose: as in `fit`.
+
+        Returns:
+            The curve, with ``suggestion``, ``rates``, ``losses`` and ``plot()``.
+
+        Raises:
+            ValueError: arguments out of range or in conflict, or data that does not fit or gives too few batches.
+            TypeError: arguments of a wrong type.
+        """
+        compiled = self._require_compiled()
+        test = RangeTest(start, end, steps)
+        if self._is_fitting:
+            raise ValueError("find_learning_rate(...) was called from within a fit of the same Model. Call it before.")
+        batches = as_batches(data, y, sample_weight, self._batching(batch_size, None, training=True))
+        # An epoch has one batch at least; the test ends the run by itself.
+        epochs = -(-steps // (batches.length or 1)) if batches.again else 1
+        history, stop_training, latest_input = self.history, self.stop_training, self._latest_input
+        try:
+            with undone(compiled, data):
+                self.fit(
+                    data,
+                    y,
+                    batch_size=batch_size,
+                    epochs=epochs,
+                    verbose=verbose,
+                    callbacks=[test],
+                    sample_weight=sample_weight,
+                    class_weight=class_weight,
+                    gradient_clip_val=gradient_clip_val,
+                    micro_batch_size=micro_batch_size,
+                    on_nonfinite="ignore",
+                )
+        finally:
+            self.history, self.stop_training, self._latest_input = history, stop_training, latest_input
+        if not test.is_finished:
+            raise ValueError(
+                f"Expected data of at least {steps=} batches, received a generator that gave {len(test.losses)}. Lower "
+                "steps, or pass data that can be read again."
+            )
+        return LearningRateCurve(test.rates, test.losses)
 
     def train_on_batch(
         self,

@@ -20,7 +20,7 @@ PACKAGE = Path(fitkit.__file__).parent
 FLOORS = [
     {"__init__"},
     {"model"},
-    {"loop", "microbatches"},
+    {"loop", "microbatches", "learning_rate_finder"},
     {"steps", "callbacks"},
     {"numbers"},
     {"computation"},

@@ -51,6 +51,8 @@ SIGNATURES = {
     "evaluate": "data, y=None, *, batch_size=None, sample_weight=None, steps=None, verbose='auto', callbacks=None, "
     "return_dict=False",
     "predict": "data, *, batch_size=None, steps=None, verbose='auto', callbacks=None",
+    "find_learning_rate": "data, y=None, *, batch_size=None, sample_weight=None, class_weight=None, start=1e-07, "
+    "end=10.0, steps=100, gradient_clip_val=0, micro_batch_size=None, verbose='auto'",
     "train_on_batch": "x, y=None, *, sample_weight=None, class_weight=None, return_dict=False",
     "test_on_batch": "x, y=None, *, sample_weight=None, return_dict=False",
     "predict_on_batch": "x",
