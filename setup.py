@@ -22,6 +22,7 @@ def read_version() -> str:
 EXTRAS = {
     "plot": ["matplotlib>=3.7", "pandas>=2.0"],
     "tensorboard": ["tensorboard>=2.16"],
+    "sklearn": ["scikit-learn>=1.6"],
     "safetensors": ["safetensors>=0.4.3"],
 }
 
