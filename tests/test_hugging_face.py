@@ -1,4 +1,4 @@
-"""Models of Hugging Face's transformers train as they are: dict batches, their own loss, Datasets; none is downloaded."""
+"""Models of Hugging Face's transformers train as they are: dict batches, their own loss, Datasets. None is loaded."""
 
 from __future__ import annotations
 
