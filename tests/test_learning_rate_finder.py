@@ -45,6 +45,7 @@ def state(model: fitkit.Model) -> Any:
     """All that a training changes, as plain values."""
     optimizer = model.optimizer
     assert optimizer is not None
+    scaler = model._compiled.scaler  # type: ignore[union-attr]
     names = {parameter: name for name, parameter in model.module.named_parameters()}
     return copy.deepcopy(
         {
@@ -52,6 +53,7 @@ def state(model: fitkit.Model) -> Any:
             "gradients": [parameter.grad for parameter in model.module.parameters()],
             "optimizer": {names[parameter]: values for parameter, values in optimizer.state.items()},
             "groups": [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups],
+            "scaler": None if scaler is None else scaler.state_dict(),
             "modes": [module.training for module in model.module.modules()],
             "history": model.history.state_dict(),
             "stop_training": model.stop_training,
