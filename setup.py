@@ -22,6 +22,7 @@ def read_version() -> str:
 EXTRAS = {
     "plot": ["matplotlib>=3.7", "pandas>=2.0"],
     "tensorboard": ["tensorboard>=2.16"],
+    "sklearn": ["scikit-learn>=1.6"],
     "safetensors": ["safetensors>=0.4.3"],
     # The small MLflow, with what it needs for a store in a local file.
     "mlflow": ["alembic>=1.10", "mlflow-skinny>=3.0", "sqlalchemy>=2.0"],

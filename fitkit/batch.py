@@ -77,6 +77,30 @@ def _rows(batch: Any, samples: int, start: int, stop: int) -> Any:
     return mapped(rows, batch)
 
 
+def described(value: Any) -> Any:
+    """The same structure with tensors that have shape and type but no memory (torch's "meta" device).
+
+    Raises:
+        TypeError: an object of another library, of which only its library knows what is in it.
+    """
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta", requires_grad=False)
+    if isinstance(value, Mapping):
+        return {key: described(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, PackedSequence):
+        return type(value)(*map(described, value))
+    if type(value) in (tuple, list):
+        return type(value)(map(described, value))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"Expected tensors and nests of them, received {show(value)}.")
+
+
+def zeros(description: Any, device: torch.device) -> Any:
+    """Zeros on the device for each tensor that `described` noted."""
+    return mapped(partial(torch.zeros_like, device=device), description)
+
+
 def copied(batch: Any) -> Any:
     """The batch with copies of its tensors."""
     return mapped(Tensor.clone, batch)

@@ -36,6 +36,7 @@ class Compiled:
         device: where it happens.
         optimizer: None when nothing can be trained.
         scaler: for "16-mixed".
+        channels_last: whether images are given to the module in that memory format.
     """
 
     module: nn.Module
@@ -46,6 +47,7 @@ class Compiled:
     device: torch.device
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
+    channels_last: bool = False
 
 
 class Outcome(NamedTuple):
@@ -184,7 +186,8 @@ class Computation:
 
 def transfer_of(compiled: Compiled) -> Transfer:
     """The way of batches to where the module is, in its precision."""
-    return Transfer(compiled.device, torch.float64 if compiled.precision == "64-true" else None)
+    dtype = torch.float64 if compiled.precision == "64-true" else None
+    return Transfer(compiled.device, dtype, channels_last=compiled.channels_last)
 
 
 def total_loss(compiled: Compiled, batch: Any, index: int) -> Tensor:

@@ -69,24 +69,27 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def move(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+def move(batch: Any, device: torch.device, dtype: torch.dtype | None = None, *, channels_last: bool = False) -> Any:
     """The batch with every tensor in it on the device, floating ones as dtype when one is given.
 
-    Objects of other libraries that have a ``to`` method (graph batches, Hugging Face encodings) move themselves.
+    With channels_last, floating tensors of four dimensions get that memory format. Objects of other libraries that
+    have a ``to`` method (graph batches, Hugging Face encodings) move themselves.
     """
     if isinstance(batch, torch.Tensor):
         wanted = dtype if batch.is_floating_point() else None
-        return batch.to(device=device, dtype=wanted, non_blocking=True)
+        images = channels_last and batch.dim() == 4 and batch.is_floating_point()
+        memory_format = torch.channels_last if images else torch.preserve_format
+        return batch.to(device=device, dtype=wanted, non_blocking=True, memory_format=memory_format)
     if isinstance(batch, (str, bytes, int, float)) or batch is None:
         return batch
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: move(value, device, dtype) for key, value in batch.items()}
+        return {key: move(value, device, dtype, channels_last=channels_last) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(value, device, dtype) for value in batch))
+        return type(batch)(*(move(value, device, dtype, channels_last=channels_last) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(move(value, device, dtype) for value in batch)
+        return type(batch)(move(value, device, dtype, channels_last=channels_last) for value in batch)
     return batch
 
 

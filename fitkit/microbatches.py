@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 
 from fitkit import batch as batches_of
+from fitkit.callbacks.display import print_line
 from fitkit.flags import TrainingFlags
 from fitkit.logs import BatchLogs
 from fitkit.steps import TrainStep
@@ -21,6 +22,19 @@ def split_by(flags: TrainingFlags, step: TrainStep) -> TrainStep | FixedParts | 
     if flags.micro_batch_size is None:
         return step
     return FittingParts(step) if isinstance(flags.micro_batch_size, str) else FixedParts(step, flags.micro_batch_size)
+
+
+def report_size(take_batch: object, params: dict[str, Any]) -> None:
+    """Notes what a run's micro_batch_size was, in History's params, and says in a line what "auto" found.
+
+    Args:
+        take_batch: what took the batches to the training step.
+        params: facts about the run; "micro_batch_size" becomes the samples in a part, None where no batch was split.
+    """
+    params["micro_batch_size"] = take_batch.size if isinstance(take_batch, (FixedParts, FittingParts)) else None
+    if isinstance(take_batch, FittingParts) and params["verbose"]:
+        found = "batches fit whole" if take_batch.size is None else f"parts of at most {take_batch.size} samples fit"
+        print_line(f'micro_batch_size="auto": {found} into the memory')
 
 
 @final
@@ -34,11 +48,11 @@ class FixedParts:
 
     def __init__(self, step: TrainStep, size: int) -> None:
         self.logs: BatchLogs = step.logs
+        self.size = size
         self._step = step
-        self._size = size
 
     def __call__(self, batch: Any, index: int) -> None:
-        parts = batches_of.split(batch, self._size)
+        parts = batches_of.split(batch, self.size)
         for position, part in enumerate(parts, start=1):
             self._step(part, index, parts=len(parts), is_last=position == len(parts))
 

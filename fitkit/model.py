@@ -29,12 +29,13 @@ from fitkit.errors import check_choice, check_flag, check_integer, check_number,
 from fitkit.flags import MAX_NB_EPOCHS, TrainingFlags
 from fitkit.gradients import kept_gradients, norm_names
 from fitkit.history import History
+from fitkit.learning_rate_finder import LearningRateCurve, RangeTest, undone
 from fitkit.metrics import CompiledMetrics
-from fitkit.microbatches import split_by
+from fitkit.microbatches import report_size, split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
-from fitkit.summary import summarize
+from fitkit.summary import summarize, summarize_remembered
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -78,6 +79,7 @@ class Model:
         self.stop_training = False
         self._compiled: Compiled | None = None
         self._is_fitting = False
+        self._latest_input: Any = None
 
     @property
     def module(self) -> nn.Module:
@@ -100,6 +102,7 @@ class Model:
         weighted_metrics: Any = None,
         precision: str = "32-true",
         jit_compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         """Says how the module is trained and judged.
 
@@ -118,6 +121,8 @@ class Model:
             precision: "32-true" leaves parameters as they are, "64-true" converts module and inputs to float64,
                 "bf16-mixed" and "16-mixed" run forward and loss under autocast (the latter with a GradScaler).
             jit_compile: whether to run the module through torch.compile.
+            channels_last: whether the weights of 2-d convolutions, and floating tensors of four dimensions in each
+                batch, get torch's channels-last memory format. The module's weights stay in it.
 
         Raises:
             ValueError: unknown names, an optimizer that cannot be used, arguments that exclude each other.
@@ -125,6 +130,7 @@ class Model:
         """
         check_choice("precision", precision, PRECISIONS)
         check_flag("jit_compile", jit_compile)
+        check_flag("channels_last", channels_last)
         if jit_compile and any(map(self._overridden, ("training_step", "validation_step", "predict_step"))):
             raise ValueError(
                 "jit_compile=True does not reach a step of your own, which calls self.module. Call "
@@ -137,10 +143,17 @@ class Model:
             metrics, weighted_metrics, output_names=None if losses is None else losses.names
         )
         made = make_optimizer(optimizer, self.module, learning_rate)
+        if channels_last and any(tensor.dim() == 5 for tensor in (*self.module.parameters(), *self.module.buffers())):
+            raise ValueError(
+                "channels_last=True is for 2-d images, received a module with tensors of five dimensions (3-d "
+                "convolutions). Leave it out, or call module.to(memory_format=torch.channels_last_3d) yourself."
+            )
         if losses is not None:
             losses.to(self.device, torch.float64 if precision == "64-true" else None)
         if precision == "64-true":
             self.module.double()
+        if channels_last:
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
         self._compiled = Compiled(
             module=self.module,
             forward=torch.compile(self.module) if jit_compile else self.module,
@@ -150,6 +163,7 @@ class Model:
             device=self.device,
             optimizer=made,
             scaler=torch.amp.GradScaler(self.device.type) if precision == "16-mixed" else None,
+            channels_last=channels_last,
         )
 
     @property
@@ -307,10 +321,11 @@ class Model:
             validation = loop.TestRun(self, self._test_step(compiled, held_out), validation_plan, hooks)
         self.stop_training = False
         self._is_fitting = True
+        run = loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen)
         try:
-            loop.fit(loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen))
+            loop.fit(run)
         finally:
-            self._is_fitting = False
+            self._after_fit(run)
         return self.history
 
     def evaluate(
@@ -396,6 +411,80 @@ class Model:
         with self._listeners(callbacks, verbose, plan) as hooks, self._undisturbed(), loop.reported_errors(hooks):
             outputs = loop.predict(loop.PredictRun(self, step, plan, hooks))
         return _joined(outputs)
+
+    def find_learning_rate(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        start: float = 1e-7,
+        end: float = 10.0,
+        steps: int = 100,
+        gradient_clip_val: float = 0,
+        micro_batch_size: int | str | None = None,
+        verbose: int | str = "auto",
+    ) -> LearningRateCurve:
+        """Trains for a moment with a growing learning rate, puts everything back, and says which rate to take.
+
+        The rate grows by the same factor at each optimizer step until the loss explodes: until it is NaN, infinite, or
+        its running mean is above its lowest by three times the first loss. Afterwards weights, buffers, gradients,
+        optimizer, random generators and history are bit for bit what they were, also after an error or Ctrl-C. A
+        generator of batches is read, and stays read.
+
+        Args:
+            data: as in `fit`.
+            y: as in `fit`.
+            batch_size: as in `fit`; the best rate depends on it.
+            sample_weight: as in `fit`.
+            class_weight: as in `fit`.
+            start: the first learning rate.
+            end: the last learning rate, if the loss has not exploded before.
+            steps: how many rates there are, one a batch; data with fewer batches is read again.
+            gradient_clip_val: as in `fit`.
+            micro_batch_size: as in `fit`.
+            verbose: as in `fit`.
+
+        Returns:
+            The curve, with ``suggestion``, ``rates``, ``losses`` and ``plot()``.
+
+        Raises:
+            ValueError: arguments out of range or in conflict, or data that does not fit or gives too few batches.
+            TypeError: arguments of a wrong type.
+        """
+        compiled = self._require_compiled()
+        test = RangeTest(start, end, steps)
+        if self._is_fitting:
+            raise ValueError("find_learning_rate(...) was called from within a fit of the same Model. Call it before.")
+        batches = as_batches(data, y, sample_weight, self._batching(batch_size, None, training=True))
+        # An epoch has one batch at least; the test ends the run by itself.
+        epochs = -(-steps // (batches.length or 1)) if batches.again else 1
+        history, stop_training, latest_input = self.history, self.stop_training, self._latest_input
+        try:
+            with undone(compiled, data):
+                self.fit(
+                    data,
+                    y,
+                    batch_size=batch_size,
+                    epochs=epochs,
+                    verbose=verbose,
+                    callbacks=[test],
+                    sample_weight=sample_weight,
+                    class_weight=class_weight,
+                    gradient_clip_val=gradient_clip_val,
+                    micro_batch_size=micro_batch_size,
+                    on_nonfinite="ignore",
+                )
+        finally:
+            self.history, self.stop_training, self._latest_input = history, stop_training, latest_input
+        if not test.is_finished:
+            raise ValueError(
+                f"Expected data of at least {steps=} batches, received a generator that gave {len(test.losses)}. Lower "
+                "steps, or pass data that can be read again."
+            )
+        return LearningRateCurve(test.rates, test.losses)
 
     def train_on_batch(
         self,
@@ -524,10 +613,12 @@ class Model:
         return step.outputs[0]
 
     def summary(self, input_data: Any = None, *, depth: int = 3, print_fn: Callable[[str], Any] = print) -> None:
-        """Prints a table of the layers: name, output shape, parameters, trainable; with totals and size.
+        """Prints a table of the layers: name, output shape, parameters, trainable; with totals, sizes, multiply-adds.
 
         Args:
-            input_data: a batch of inputs, for output shapes; None leaves these out.
+            input_data: a batch of inputs, for output shapes. None takes zeros of the shapes of the latest fit's last
+                batch (of its last part, with micro_batch_size); before a fit, after one with a training_step of your
+                own or with batch objects of another library, it leaves the shapes out.
             depth: how many levels of nested modules are shown.
             print_fn: what the text is given to.
 
@@ -536,8 +627,11 @@ class Model:
         """
         check_integer("depth", depth, least=1)
         if input_data is not None:
-            input_data = unpack(self._one_batch(input_data, None, None))[0]
-        print_fn(summarize(self.module, input_data, depth=depth))
+            print_fn(summarize(self.module, unpack(self._one_batch(input_data, None, None))[0], depth=depth))
+        elif self._latest_input is None:
+            print_fn(summarize(self.module, depth=depth))
+        else:
+            print_fn(summarize_remembered(self.module, self._latest_input, depth=depth))
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Writes the module's state_dict, as a whole or not at all; a ``.safetensors`` path uses safetensors.
@@ -703,6 +797,12 @@ class Model:
             callback.set_model(self)
             callback.set_params(params)
         return HookTable([*listeners, *more, *bars])
+
+    def _after_fit(self, run: loop.FitRun) -> None:
+        """What remains of a run, however it ended: what a batch looked like, and how batches were split."""
+        self._is_fitting = False
+        self._latest_input = run.step.latest_input
+        report_size(run.take_batch, self.history.params)
 
     def _may_enlarge(self, step: str, callbacks: Any) -> bool:
         """Whether nothing would notice batches of another size: no step or callback of the user's, no function."""

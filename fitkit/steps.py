@@ -59,6 +59,7 @@ class TrainStep:
         self._may_train_by_hand = user_step is not None
         self._by_hand = False
         self._latest: Any = None
+        self.latest_input: Any = None
         self.begin_epoch(1, None)
 
     def begin_epoch(self, batches_per_step: int, length: int | None) -> None:
@@ -178,10 +179,21 @@ class TrainStep:
         self._window.discard()
 
     def release(self) -> None:
-        """Leaves no gradient and no batch behind."""
+        """Leaves no gradient and no batch behind, only the shapes of the latest one."""
         self._window.discard()
+        self.latest_input = self._describe_latest()
         self._latest = None
         self._clear_gradients()
+
+    def _describe_latest(self) -> Any:
+        """Shapes and types of what the module was called on; None where that is not known."""
+        latest = self._latest.on_device if isinstance(self._latest, batches_of.Placed) else self._latest
+        if latest is None or self._may_train_by_hand:
+            return None
+        try:
+            return batches_of.described(batches_of.unpack(latest)[0])
+        except (TypeError, RuntimeError):  # an object of another library, or a tensor without a plain shape
+            return None
 
     def _update(self) -> None:
         """One optimizer step: unscale, norm, clip, step."""

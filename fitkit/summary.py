@@ -17,7 +17,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
-from fitkit.batch import call
+from fitkit.batch import call, tensors, zeros
 from fitkit.device import kept_modes, kept_random_state, module_dtype, move
 from fitkit.errors import check_integer
 
@@ -32,11 +32,13 @@ class Forward:
     Attributes:
         shapes: by a module's id, the shapes of what its first call put out, as text.
         calls: by a module's id, how often it was called.
+        output_bytes: of what the innermost modules put out, over all their calls.
         multiply_adds: of the whole pass; None when there was none.
     """
 
     shapes: dict[int, str] = field(default_factory=dict)
     calls: dict[int, int] = field(default_factory=dict)
+    output_bytes: int = 0
     multiply_adds: int | None = None
 
     def output_of(self, module: nn.Module) -> str:
@@ -60,12 +62,14 @@ def summarize(module: nn.Module, input_data: Any = None, *, depth: int = 3) -> s
     <BLANKLINE>
     Parameters: 13, of which trainable: 13, not trainable: 0
     Size of parameters and buffers: 52 bytes
+    Size of the layers' outputs for this input: 128 bytes
     Multiply-adds of this input: 72
 
     Args:
         module: any module.
         input_data: one batch of inputs as tensors or arrays; a tuple or list is passed as ``module(*x)``, a dict as
-            ``module(**x)``. With it, one forward pass in eval mode tells output shapes and multiply-adds (those of
+            ``module(**x)``. With it, one forward pass in eval mode tells output shapes, the size of what the
+            innermost layers put out (about what training keeps for its backward pass) and multiply-adds (those of
             matrix products, convolutions and attention); modes, buffers and random numbers are put back. None: no
             pass, and no shapes.
         depth: how many levels below the module get rows of their own; 0 shows the module alone.
@@ -90,6 +94,25 @@ def summarize(module: nn.Module, input_data: Any = None, *, depth: int = 3) -> s
     return "\n".join([table, "", *_totals(module, forward)])
 
 
+def summarize_remembered(module: nn.Module, description: Any, *, depth: int = 3) -> str:
+    """`summarize` on zeros of the shapes that an earlier batch had; without shapes where the module refuses zeros.
+
+    Args:
+        module: any module.
+        description: what `batch.described` noted of a batch of inputs.
+        depth: as in `summarize`.
+    """
+    device = next((tensor.device for tensor in _tensors(module)), torch.device("cpu"))
+    shapes = _shape(description)
+    try:
+        table = summarize(module, zeros(description, device), depth=depth)
+    except Exception as error:
+        # Nobody asked for a pass: a table without shapes is still what summary() promises.
+        note = f"No output shapes: zeros of {shapes}, as in the latest fit, end in {type(error).__name__}: {error}"
+        return f"{summarize(module, depth=depth)}\n{note}\nPass input_data=... for them."
+    return f"{table}\nThis input: zeros of {shapes}, as in the latest fit"
+
+
 def run(module: nn.Module, input_data: Any) -> Forward:
     """One forward pass in eval mode that leaves the module and all random numbers as they were."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -101,6 +124,8 @@ def run(module: nn.Module, input_data: Any) -> Forward:
     def remember(child: nn.Module, inputs: Any, output: Any) -> None:
         forward.shapes.setdefault(id(child), _shape(output))
         forward.calls[id(child)] = forward.calls.get(id(child), 0) + 1
+        if not child._modules:
+            forward.output_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors(output))
 
     with ExitStack() as undo, torch.no_grad():
         undo.enter_context(kept_random_state(device))
@@ -246,4 +271,5 @@ def _totals(module: nn.Module, forward: Forward | None) -> Iterator[str]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(module) if not is_lazy(tensor))
     yield f"Size of parameters and buffers: {_size(size)}"
     if forward is not None:
+        yield f"Size of the layers' outputs for this input: {_size(forward.output_bytes)}"
         yield f"Multiply-adds of this input: {forward.multiply_adds:,}"

@@ -5,6 +5,7 @@ On the CPU there is no way to go. What a batch is made of stands in batch.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -24,15 +25,16 @@ class Transfer:
     Args:
         device: where the module is.
         dtype: what floating tensors become; None leaves them as they are.
+        channels_last: whether images get that memory format.
 
     Attributes:
         is_needed: whether there is anything to do.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        self.is_needed = device.type != "cpu" or dtype is not None
+    def __init__(self, device: torch.device, dtype: torch.dtype | None = None, *, channels_last: bool = False) -> None:
+        self.is_needed = device.type != "cpu" or dtype is not None or channels_last
+        self._move = partial(move, device=device, dtype=dtype, channels_last=channels_last)
         self._device = device
-        self._dtype = dtype
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Any) -> Placed:
@@ -40,10 +42,10 @@ class Transfer:
         if isinstance(batch, Placed):
             return batch
         if self._stream is None or not _is_plain(batch):
-            return Placed(move(batch, self._device, self._dtype), batch)
+            return Placed(self._move(batch), batch)
         # The host is ahead of the device: on a stream of its own this copy goes on while the device still computes.
         with torch.cuda.stream(self._stream):
-            moved = move(mapped(_pinned, batch), self._device, self._dtype)
+            moved = self._move(mapped(_pinned, batch))
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
         mapped(lambda tensor: tensor.record_stream(computing), moved)

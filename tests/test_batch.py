@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fitkit
-from fitkit.batch import call, count_samples, join, on_cpu, own_loss, split, tensors, unpack
+from fitkit.batch import call, count_samples, described, join, on_cpu, own_loss, split, tensors, unpack, zeros
 
 Pair = namedtuple("Pair", ["first", "second"])
 A, B, C = torch.zeros(2, 1), torch.ones(2, 1), torch.full((2, 1), 2.0)
@@ -190,3 +190,27 @@ def test_predict_joins_what_a_module_returns_in_its_structure() -> None:
     result = fitkit.Model(Two(), device="cpu").predict(torch.arange(5.0), batch_size=2, verbose=0)
     assert torch.equal(result["twice"], 2 * torch.arange(5.0))
     assert len(result["all"]) == 1
+
+
+def test_a_description_has_shapes_and_types_and_no_memory() -> None:
+    batch = {"a": torch.ones(2, 3, dtype=torch.int32), "b": [torch.ones(2), None], "c": Pair(torch.ones(1), "text")}
+    description = described(batch)
+    assert description["a"].is_meta
+    assert (description["a"].shape, description["a"].dtype) == ((2, 3), torch.int32)
+    made = zeros(description, torch.device("cpu"))
+    assert torch.equal(made["a"], torch.zeros(2, 3, dtype=torch.int32))
+    assert torch.equal(made["b"][0], torch.zeros(2))
+    assert made["b"][1] is None
+    assert made["c"] == Pair(torch.zeros(1), "text")
+
+
+def test_a_description_keeps_the_memory_format() -> None:
+    image = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    made = zeros(described(image), torch.device("cpu"))
+    assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("value", [Graphs(num_graphs=2), [Graphs(num_graphs=2)]], ids=["object", "list"])
+def test_an_object_of_another_library_cannot_be_described(value: Any) -> None:
+    with pytest.raises(TypeError, match="Expected tensors and nests of them"):
+        described(value)

@@ -63,6 +63,14 @@ def test_a_step_of_fitkit_reads_nothing_from_the_device(short_run: dict[str, dic
     assert short_run["host-reads"]["fitkit"] == 0
 
 
+def test_every_option_for_speed_runs_in_short_mode(tmp_path: Path) -> None:
+    shown = results_of("options.py", "--short", folder=tmp_path)
+    assert shown["results"].keys() == {"CNN", "MLP"}
+    for rows in shown["results"].values():
+        assert {"no option", "jit_compile=True", "channels_last=True"} <= rows.keys()
+        assert rows["no option"]["training"]["median"] == 1.0
+
+
 def test_every_workload_in_a_fresh_process_runs_in_short_mode(tmp_path: Path) -> None:
     names = sorted(IN_FRESH_PROCESSES)
     shown = results_of("speed.py", "--short", "--contestants", "fitkit", "--only", *names, folder=tmp_path)

@@ -18,9 +18,10 @@ PACKAGE = Path(fitkit.__file__).parent
 
 # From the roof down. A module imports from floors strictly below its own; a folder is one name here.
 FLOORS = [
+    {"sklearn"},
     {"__init__"},
     {"model"},
-    {"loop", "microbatches"},
+    {"loop", "microbatches", "learning_rate_finder"},
     {"steps", "callbacks"},
     {"numbers"},
     {"computation"},

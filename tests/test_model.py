@@ -41,7 +41,7 @@ LATER = {"strategy='auto'", "resume_from=None", "save", "load", "plan", "to_scri
 SIGNATURES = {
     "__init__": "module, *, device='auto', strategy='auto'",
     "compile": "optimizer='adam', loss=None, metrics=None, *, learning_rate=None, loss_weights=None, "
-    "weighted_metrics=None, precision='32-true', jit_compile=False",
+    "weighted_metrics=None, precision='32-true', jit_compile=False, channels_last=False",
     "fit": "data, y=None, *, batch_size=None, epochs=None, verbose='auto', callbacks=None, validation_split=0.0, "
     "validation_data=None, shuffle=None, class_weight=None, sample_weight=None, initial_epoch=0, steps_per_epoch=None, "
     "validation_steps=None, validation_batch_size=None, validation_freq=1, min_nb_epochs=1, max_nb_epochs=1000, "
@@ -51,6 +51,8 @@ SIGNATURES = {
     "evaluate": "data, y=None, *, batch_size=None, sample_weight=None, steps=None, verbose='auto', callbacks=None, "
     "return_dict=False, dataloader_options=None",
     "predict": "data, *, batch_size=None, steps=None, verbose='auto', callbacks=None, dataloader_options=None",
+    "find_learning_rate": "data, y=None, *, batch_size=None, sample_weight=None, class_weight=None, start=1e-07, "
+    "end=10.0, steps=100, gradient_clip_val=0, micro_batch_size=None, verbose='auto'",
     "train_on_batch": "x, y=None, *, sample_weight=None, class_weight=None, return_dict=False",
     "test_on_batch": "x, y=None, *, sample_weight=None, return_dict=False",
     "predict_on_batch": "x",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fitkit
 from fitkit.summary import summarize
 
 
@@ -242,3 +244,79 @@ def test_a_number_of_levels_is_checked() -> None:
         summarize(nn.ReLU(), depth=-1)
     with pytest.raises(TypeError, match=r"received depth=2\.0"):
         summarize(nn.ReLU(), depth=2.0)
+
+
+def test_the_size_of_outputs_is_that_of_the_innermost_layers_in_every_call() -> None:
+    text = summarize(nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 1))), torch.zeros(8, 2))
+    assert f"Size of the layers' outputs for this input: {8 * (3 + 1) * 4} bytes" in text
+    # Three vectors of 4 numbers each from embedding, body and again, and one of 10.
+    text = summarize(Tied(), torch.zeros(3, dtype=torch.long))
+    assert f"Size of the layers' outputs for this input: {3 * (3 * 4 + 10) * 4} bytes" in text
+
+
+def summary_of(model: fitkit.Model, *arguments: Any) -> str:
+    texts: list[str] = []
+    model.summary(*arguments, print_fn=texts.append)
+    return texts[0]
+
+
+def test_after_a_fit_the_shapes_of_its_last_batch_are_remembered() -> None:
+    model = fitkit.Model(nn.Linear(3, 2), device="cpu")
+    model.compile("sgd", "mse")
+    assert "Output shape" not in summary_of(model)
+    model.fit(torch.randn(10, 3), torch.randn(10, 2), batch_size=8, epochs=1, verbose=0)
+    assert row(summary_of(model), "Linear")[1] == "(2, 2)"
+    assert "This input: zeros of (2, 3), as in the latest fit" in summary_of(model)
+    assert row(summary_of(model, torch.zeros(5, 3)), "Linear")[1] == "(5, 2)"
+
+
+@pytest.mark.parametrize("inputs", [[torch.zeros(6, 2)] * 2, {"a": torch.zeros(6, 2), "b": torch.zeros(6, 2)}])
+def test_several_inputs_are_remembered_too(inputs: Any) -> None:
+    model = fitkit.Model(Add(), device="cpu")
+    model.compile("sgd", "mse")
+    model.fit(inputs, torch.zeros(6, 2), epochs=1, verbose=0)
+    assert row(summary_of(model), "Add")[1] == "(6, 2)"
+
+
+def test_what_is_remembered_keeps_no_data_alive() -> None:
+    class Batch(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Any:
+            x = torch.zeros(4, 3)
+            alive.append(weakref.ref(x))
+            return x, torch.zeros(4, 2)
+
+    alive: list[Any] = []
+    model = fitkit.Model(nn.Linear(3, 2), device="cpu")
+    model.compile("sgd", "mse")
+    model.fit(torch.utils.data.DataLoader(Batch(), batch_size=None), epochs=1, verbose=0)
+    assert [reference() for reference in alive] == [None]
+    assert "(4, 2)" in summary_of(model)
+
+
+def test_a_module_that_refuses_zeros_is_shown_without_shapes_and_with_the_reason() -> None:
+    class Picky(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.any():
+                raise ValueError("all zeros")
+            return super().forward(x)
+
+    model = fitkit.Model(Picky(3, 2), device="cpu")
+    model.compile("sgd", "mse")
+    model.fit(torch.ones(4, 3), torch.ones(4, 2), epochs=1, verbose=0)
+    text = summary_of(model)
+    assert row(text, "Picky") == ["Picky", "8", "yes"]
+    assert "No output shapes: zeros of (4, 3), as in the latest fit, end in ValueError: all zeros" in text
+
+
+def test_a_step_of_ones_own_leaves_no_shapes() -> None:
+    class Own(fitkit.Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.module(batch["some"]).sum()
+
+    model = Own(nn.Linear(3, 2), device="cpu")
+    model.compile("sgd")
+    model.fit([{"some": torch.ones(4, 3)}], epochs=1, verbose=0)
+    assert "Output shape" not in summary_of(model)

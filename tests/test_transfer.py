@@ -101,7 +101,9 @@ def test_training_from_data_on_the_device_gives_the_same_weights(
     monkeypatch.setattr(fitkit.model, "room_for_data", lambda device: 2**30)
     original = Transfer.__init__
     monkeypatch.setattr(
-        Transfer, "__init__", lambda self, *args: (original(self, *args), setattr(self, "is_needed", True))[0]
+        Transfer,
+        "__init__",
+        lambda self, *args, **options: (original(self, *args, **options), setattr(self, "is_needed", True))[0],
     )
     on_device, same_numbers = trained()
     assert all(map(torch.equal, weights, on_device))

@@ -123,3 +123,35 @@ def test_splitting_reads_no_number() -> None:
     with Reads():
         _fit(Tight(1000), 4)
     assert Reads.seen == 0
+
+
+@pytest.mark.parametrize(("size", "noted"), [(None, None), (4, 4), ("auto", None)])
+def test_history_notes_the_samples_in_a_part(size: Any, noted: int | None) -> None:
+    assert _fit(Tight(1000), size).params["micro_batch_size"] == noted
+
+
+def test_auto_reports_the_size_that_it_found(capsys: pytest.CaptureFixture[str]) -> None:
+    history = _fit(Tight(5), "auto", verbose=2)
+    assert history.params["micro_batch_size"] == 4
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        'micro_batch_size="auto": parts of at most 4 samples fit into the memory'
+    )
+
+
+def test_auto_says_when_nothing_was_split(capsys: pytest.CaptureFixture[str]) -> None:
+    _fit(Tight(1000), "auto", verbose=2)
+    assert 'micro_batch_size="auto": batches fit whole into the memory' in capsys.readouterr().out
+
+
+def test_the_size_found_is_noted_also_when_the_run_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(epoch: int, logs: Any) -> None:
+        raise KeyboardInterrupt("Ctrl-C")
+
+    module = Tight(5)
+    model = fitkit.Model(module, device="cpu")
+    model.compile("sgd", "mse")
+    stopping = fitkit.callbacks.LambdaCallback(on_epoch_end=stop)
+    with pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
+        model.fit(X, Y, batch_size=16, epochs=3, micro_batch_size="auto", callbacks=[stopping], verbose=0)
+    assert model.history.params["micro_batch_size"] == 4
+    assert capsys.readouterr().out == ""
