@@ -21,7 +21,7 @@ from fitkit.errors import show
 
 # One gather serves this many batches, as long as a chunk stays under the bytes below.
 BATCHES_PER_CHUNK = 64
-BYTES_PER_CHUNK = 16 * 2**20
+BYTES_PER_CHUNK = 2**20
 # How large a batch of an evaluation or prediction may be when its size is left to us: small samples only.
 MOST_LARGE_BATCH = 4096
 BYTES_LARGE_BATCH = 2**18

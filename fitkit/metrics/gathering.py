@@ -18,10 +18,10 @@ from fitkit.metrics.names import NamedMetric
 from fitkit.metrics.readings import Given, Reading, Rows, check_pair, check_scale, read_classes, read_values
 from fitkit.metrics.states import Keeper, apart, join_into, load_into, state_of
 
-# How many batches wait, and how many elements they hold together at most: 4 MB of float32. On the CPU a batch of more
-# than so many elements does not wait: while it is in the cache, looking at it costs less than laying it aside.
+# How many batches wait, and how many elements they hold together at most: half a MB of float32. On the CPU a batch of
+# more than CACHED_ELEMENTS does not wait: while it is in the cache, looking at it costs less than laying it aside.
 HELD_BATCHES = 256
-HELD_ELEMENTS = 2**20
+HELD_ELEMENTS = 2**17
 CACHED_ELEMENTS = 2**13
 # How many elements of a larger batch are looked at together: 64 MB of float32.
 PIECE_ELEMENTS = 2**24
