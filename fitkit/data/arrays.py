@@ -19,9 +19,10 @@ from fitkit.data.batches import Batches
 from fitkit.data.rows import Rows, TensorRows, as_rows, is_array
 from fitkit.errors import show
 
-# One gather serves this many batches, as long as a chunk stays under the bytes below.
+# One gather serves this many batches, as long as a chunk stays under the bytes below: what is larger leaves the cache,
+# and the memory of the process, which gets it back page by page.
 BATCHES_PER_CHUNK = 64
-BYTES_PER_CHUNK = 2**20
+BYTES_PER_CHUNK = 2**18
 # How large a batch of an evaluation or prediction may be when its size is left to us: small samples only.
 MOST_LARGE_BATCH = 4096
 BYTES_LARGE_BATCH = 2**18

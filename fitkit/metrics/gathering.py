@@ -144,13 +144,19 @@ class Gathering:
             return
         assert self._reading is not None  # nothing is held before the first look
         with apart():
-            joined = [torch.cat(parts) for parts in zip(*self._held, strict=True)]
+            joined = self._joined()
             rows = max(1, PIECE_ELEMENTS * len(joined[0]) // self._held_elements)
             self._held, self._held_elements = [], 0
-            for piece in zip(*(part.split(rows) for part in joined), strict=True):
+            pieces = [joined] if rows >= len(joined[0]) else zip(*(part.split(rows) for part in joined), strict=True)
+            for piece in pieces:
                 together = Rows(self._reading, *piece)
                 for (_, given), metric in self._keepers.items():
                     metric.update(*given(together))
+
+    def _joined(self) -> tuple[Tensor, ...]:
+        if len(self._held) == 1:
+            return self._held[0]
+        return tuple(torch.cat(parts) for parts in zip(*self._held, strict=True))
 
     def compute(self, keys: Collection[str]) -> dict[str, Tensor]:
         """The values over all since reset, 0-d, of those keys that are among these; empty before the first update."""
