@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from fitkit import loop
 from fitkit.batch import join, unpack
-from fitkit.callbacks import Callback, EarlyStopping, LambdaCallback, ProgressBar
+from fitkit.callbacks import BackupAndRestore, Callback, EarlyStopping, LambdaCallback, ProgressBar
 from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
 from fitkit.callbacks.monitor import MonitorCallback
-from fitkit.checkpoints import load_weights, save_weights
+from fitkit.checkpoints import load_weights, save_state, save_weights
 from fitkit.computation import ClassWeight, Compiled, total_loss
 from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
 from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device
@@ -30,11 +30,12 @@ from fitkit.flags import MAX_NB_EPOCHS, TrainingFlags
 from fitkit.gradients import kept_gradients, norm_names
 from fitkit.history import History
 from fitkit.metrics import CompiledMetrics
-from fitkit.microbatches import split_by
+from fitkit.microbatches import FittingParts, split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import summarize
+from fitkit.training_state import Progress, check_model, model_state, read_training_state, restore_model
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -77,7 +78,9 @@ class Model:
         self.history = History()
         self.stop_training = False
         self._compiled: Compiled | None = None
-        self._is_fitting = False
+        # Where a fit is, while one runs; and what a file says of the latest one after it.
+        self._progress: Progress | None = None
+        self._ended: Callable[[], dict[str, Any] | None] = _nothing
 
     @property
     def module(self) -> nn.Module:
@@ -193,6 +196,7 @@ class Model:
         overfit_pct: float = 0.0,
         micro_batch_size: int | str | None = None,
         on_nonfinite: str = "raise",
+        resume_from: str | os.PathLike[str] | None = None,
     ) -> History:
         """Trains the module.
 
@@ -233,17 +237,21 @@ class Model:
             micro_batch_size: samples that go through the module at a time; a larger batch is split, for the same step.
                 "auto" halves the parts whenever memory runs out. None does not split.
             on_nonfinite: "raise" a NonFiniteLossError when an epoch's loss is NaN or infinite, "stop" or "ignore".
+            resume_from: a file of `save`, `ModelCheckpoint` or `BackupAndRestore`; the run goes on from there to the
+                last epoch asked for now, as if it had not stopped. The module and the optimizer are made and compiled
+                as they were, the data is the same. What was passed to callbacks may differ.
 
         Returns:
-            The History, which is also `history`.
+            The History, which is also `history`; of a resumed run with the epochs before.
 
         Raises:
             ValueError: arguments out of range or in conflict, data that does not fit, a monitor that cannot appear.
             TypeError: arguments of a wrong type.
             NonFiniteLossError: a training loss was not finite (a FloatingPointError).
+            CheckpointError: the file to resume from is damaged, or of a run with other numbers (a ValueError).
         """
         compiled = self._require_compiled()
-        if self._is_fitting:
+        if self._progress is not None:
             raise ValueError("fit(...) was called from within a fit of the same Model. Use train_on_batch there.")
         flags = TrainingFlags(
             epochs=epochs,
@@ -266,10 +274,7 @@ class Model:
         batching = self._batching(batch_size, shuffle, training=True)
         validating = self._validation_batching(batching, validation_batch_size)
         training, held_out = as_split_batches(data, y, sample_weight, batching, validation_split, validating.batch_size)
-        if validation_data is not None:
-            if held_out is not None:
-                raise ValueError(f"{validation_split=} and validation_data=... exclude each other. Pass one of them.")
-            held_out = as_batches(validation_data, None, None, validating)
+        held_out = _validation_batches(validation_data, held_out, validating, validation_split)
         step = TrainStep(
             compiled,
             self._overridden("training_step"),
@@ -277,7 +282,7 @@ class Model:
             gradient_clip_val=flags.gradient_clip_val,
             norm_order=float(flags.track_grad_norm),
         )
-        batches = _training_plan(training, flags)
+        batches = _training_plan(training, flags, self.device)
         level = resolve_verbose(verbose)
         validation_plan = _validation_plan(held_out, flags, validation_batch_size)
         measured = held_out is not None and any(map(flags.validates, range(flags.initial_epoch, flags.last_epoch)))
@@ -287,26 +292,19 @@ class Model:
         self._check_parts(training, "data", class_weight)
         self._check_parts(held_out, "validation_data")
 
-        params = {
-            "epochs": flags.last_epoch,
-            "initial_epoch": flags.initial_epoch,
-            "steps": batches.length,
-            "validation_steps": None if validation_plan is None else validation_plan.length,
-            "min_nb_epochs": flags.min_nb_epochs,
-            "verbose": level,
-        }
-        self.history = History()
-        self.history.params = params
-        hooks = self._hooks(chosen, params, self.history)
+        params = _params(flags, batches, validation_plan, level)
+        hooks = self._hooks(chosen, params, history := History())
+        parts = split_by(flags, step)
+        facts = _facts(flags, batches, validation_plan, class_weight, compiled)
+        sizes = parts if isinstance(parts, FittingParts) else None
+        progress = Progress(self, compiled, flags, facts, step, sizes, batches, validation_plan, chosen, hooks)
+        progress.saved = self._saved_state(resume_from, chosen, progress)
         validation = None
         if validation_plan is not None:
             validation = loop.TestRun(self, self._test_step(compiled), validation_plan, hooks)
-        self.stop_training = False
-        self._is_fitting = True
-        try:
-            loop.fit(loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen))
-        finally:
-            self._is_fitting = False
+        self.history, history.params = history, params
+        with self._fitting(progress):
+            loop.fit(loop.FitRun(self, step, batches, hooks, flags, parts, validation, chosen, progress))
         return self.history
 
     def evaluate(
@@ -529,6 +527,46 @@ class Model:
             input_data = unpack(self._one_batch(input_data, None, None))[0]
         print_fn(summarize(self.module, input_data, depth=depth))
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the whole training state, as a whole or not at all.
+
+        That is the module's state, the optimizer's, the history and the random state; in a callback of a fit also
+        where the run is. `load` reads it, and ``fit(resume_from=path)`` goes on from it. Optimizers, schedulers and
+        modules that a subclass keeps as attributes are part of it; what a module keeps outside of its state_dict is
+        not.
+
+        Args:
+            path: where to.
+
+        Raises:
+            ValueError: not compiled; or called in a fit before a batch's step or in its midst.
+            TypeError: a state holds something that no file can be trusted with; the message says where.
+            OSError: the file cannot be written; what was there before is intact.
+        """
+        compiled = self._require_compiled()
+        if self._progress is not None:
+            save_state(path, self._progress.state_dict())
+        else:
+            save_state(path, {**model_state(self, compiled), "run": self._ended()})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Reads weights, optimizer and history from a file of `save`; a fit after it trains all its epochs.
+
+        Args:
+            path: where from.
+
+        Raises:
+            ValueError: not compiled, or called in a fit; or the file is damaged, or of another module, optimizer or
+                precision. The Model is unchanged then.
+        """
+        compiled = self._require_compiled()
+        if self._progress is not None:
+            raise ValueError("load(...) was called from within a fit of the same Model. Use fit(resume_from=...).")
+        state = read_training_state(path)
+        check_model(self, compiled, state, path)
+        restore_model(self, compiled, state, path)
+        self._ended = lambda: state["run"]
+
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Writes the module's state_dict, as a whole or not at all; a ``.safetensors`` path uses safetensors.
 
@@ -687,6 +725,35 @@ class Model:
             return True
         return losses is not None and losses.are_means_over_data and metrics is not None and metrics.are_means_over_data
 
+    def _saved_state(self, resume_from: Any, callbacks: Sequence[Callback], progress: Progress) -> Any:
+        """The state to go on from and its path, checked; None for a run from the beginning."""
+        path = resume_from
+        for callback in callbacks:
+            if isinstance(callback, BackupAndRestore):
+                path = callback.find() or path
+        if path is None:
+            return None
+        if isinstance(path, bool) or not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"Expected a path, received resume_from={show(path)}.")
+        state = read_training_state(path)
+        progress.check(state, path)
+        return state, path
+
+    @contextmanager
+    def _fitting(self, progress: Progress) -> Iterator[None]:
+        """While the fit runs, a save is one of its state; afterwards of how it ended."""
+        self.stop_training = False
+        self._progress = progress
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._progress = None
+            self._ended = progress.ended(error)
+
     @contextmanager
     def _listeners(self, callbacks: Any, verbose: int | str, plan: EpochPlan) -> Iterator[HookTable]:
         """The hooks of an evaluation or a prediction; callbacks of a fit around it keep the parameters of the fit."""
@@ -732,19 +799,65 @@ def _joined(outputs: list[Any]) -> Any:
     return joined
 
 
+def _nothing() -> None:
+    """There was no fit yet."""
+
+
+def _params(flags: TrainingFlags, batches: EpochPlan, validation: EpochPlan | None, verbose: int) -> dict[str, Any]:
+    """The facts about a fit that callbacks are told."""
+    return {
+        "epochs": flags.last_epoch,
+        "initial_epoch": flags.initial_epoch,
+        "steps": batches.length,
+        "validation_steps": None if validation is None else validation.length,
+        "min_nb_epochs": flags.min_nb_epochs,
+        "verbose": verbose,
+    }
+
+
+def _facts(
+    flags: TrainingFlags, batches: EpochPlan, validation: EpochPlan | None, class_weight: Any, compiled: Compiled
+) -> dict[str, Any]:
+    """What the numbers of a fit depend on, by the name that a user knows it by; a resumed run must have the same."""
+    validating = {} if validation is None else validation.facts()
+    return {
+        **batches.facts(),
+        **{f"validation data: {name}": value for name, value in validating.items()},
+        "accumulate_grad_batches": flags.accumulate_grad_batches,
+        "gradient_clip_val": float(flags.gradient_clip_val),
+        "track_grad_norm": float(flags.track_grad_norm),
+        "train_percent_check": float(flags.train_percent_check),
+        "val_percent_check": float(flags.val_percent_check),
+        "overfit_pct": float(flags.overfit_pct),
+        "class_weight": class_weight and {int(key): float(value) for key, value in class_weight.items()},
+        "precision": compiled.precision,
+        "metrics": list(compiled.metrics.names),
+    }
+
+
+def _validation_batches(
+    validation_data: Any, held_out: Batches | None, batching: Batching, validation_split: float
+) -> Batches | None:
+    if validation_data is None:
+        return held_out
+    if held_out is not None:
+        raise ValueError(f"{validation_split=} and validation_data=... exclude each other. Pass one of them.")
+    return as_batches(validation_data, None, None, batching)
+
+
 def _plan(batches: Batches, steps: int | None) -> EpochPlan:
     if steps is not None:
         check_integer("steps", steps, least=1)
     return EpochPlan(batches, steps, "data", "steps")
 
 
-def _training_plan(batches: Batches, flags: TrainingFlags) -> EpochPlan:
+def _training_plan(batches: Batches, flags: TrainingFlags, device: torch.device) -> EpochPlan:
     fraction, name = flags.train_percent_check, "train_percent_check"
     if flags.overfit_pct:
         fraction, name = flags.overfit_pct, "overfit_pct"
         batches = batches.in_order()
     limit = _limit(batches, flags.steps_per_epoch, fraction, name, "steps_per_epoch")
-    plan = EpochPlan(batches, limit, "data", "steps_per_epoch")
+    plan = EpochPlan(batches, limit, "data", "steps_per_epoch", device=device)
     plan.check_epochs(flags.last_epoch - flags.initial_epoch)
     return plan
 

@@ -21,6 +21,7 @@ FLOORS = [
     {"__init__"},
     {"model"},
     {"loop", "microbatches"},
+    {"training_state"},
     {"steps", "callbacks"},
     {"numbers"},
     {"computation"},
@@ -28,7 +29,7 @@ FLOORS = [
     {"output_losses"},
     {"data", "metrics", "losses", "optimization", "gradients"},
     {"history", "logs", "summary"},
-    {"batch", "checkpoints", "device", "distributed", "flags"},
+    {"batch", "checkpoints", "device", "distributed", "durations", "flags"},
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.

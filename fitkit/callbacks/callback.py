@@ -52,6 +52,11 @@ class Callback:
     def __init__(self) -> None:
         self.params = {}
 
+    @property
+    def state_key(self) -> str:
+        """Under which the state is kept in a file: found again when callbacks are added, left out or reordered."""
+        return type(self).__name__
+
     def set_model(self, model: ModelProtocol) -> None:
         """Called with the Model before a run's first hook."""
         self.model = model

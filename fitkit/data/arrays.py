@@ -98,10 +98,18 @@ class ArrayBatches(Batches):
         self.length = -(-self.samples // batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        order = self._order()
+        return self._from(0, self._order())
+
+    def after(self, done: int) -> Iterator[Any]:
+        return self._from(done, self._order())
+
+    def facts(self) -> dict[str, Any]:
+        return {"the number of samples": self.samples, "batch_size": self._batch_size, "shuffle": self._shuffle}
+
+    def _from(self, first: int, order: Tensor | None) -> Iterator[Any]:
         size = min(self._batch_size, self.samples)  # torch takes no integers beyond 64 bits
         step = size * self._batches_in_chunk(size)
-        for start in range(0, self.samples, step):
+        for start in range(first * size, self.samples, step):
             stop = min(start + step, self.samples)
             chunks = [rows.cut(start, stop) if order is None else rows.take(order[start:stop]) for rows in self._rows]
             # Batches are pieces of a chunk, but no views to autograd: a module may work in place on its input.

@@ -165,6 +165,14 @@ class Gathering:
             "metrics": [state_of(metric) for metric in self._keepers.values()],
         }
 
+    def waiting_state(self) -> dict[str, Any]:
+        """As `state`, but what waits goes on waiting: a save moves no sum's last digit."""
+        held, elements, shapes = self._held, self._held_elements, self._shapes
+        self._held = []
+        kept = {**self.state(), "held": [list(rows) for rows in held], "shapes": shapes}
+        self._held, self._held_elements = held, elements
+        return kept
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on where the state was made."""
         self.reset()
@@ -172,6 +180,9 @@ class Gathering:
             return
         self._build(Reading(**state["reading"]))
         self._samples = state["samples"]
+        self._held = [tuple(part.to(self._device) for part in rows) for rows in state.get("held", ())]
+        self._held_elements = sum(part.numel() for rows in self._held for part in rows)
+        self._shapes = state.get("shapes")
         for metric, kept in zip(self._keepers.values(), state["metrics"], strict=True):
             load_into(metric, kept, self._device)
 
