@@ -157,6 +157,7 @@ class Run:
     save_freq: int | str = 1
     double: bool = False
     kind: type[fitkit.Model] = fitkit.Model
+    network: Callable[[], nn.Module] = network
 
 
 RUNS = {
@@ -216,7 +217,7 @@ def build(run: Run) -> tuple[fitkit.Model, Callable[..., fitkit.History]]:
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    model = run.kind(network(), device="cpu")
+    model = run.kind(run.network(), device="cpu")
     model.compile(**{"optimizer": "adam", "loss": "mse", **run.compiled})
     if isinstance(model, Adversarial):
         model.prepare()
