@@ -318,6 +318,7 @@ def test_a_source_with_a_state_is_put_where_it_was() -> None:
     assert rest.loaded == 2
 
 
+@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated:UserWarning")
 def test_a_stateful_data_loader_of_torchdata_goes_on() -> None:
     loaders = pytest.importorskip("torchdata.stateful_dataloader")
 
