@@ -565,7 +565,8 @@ class Model:
         state = read_training_state(path)
         check_model(self, compiled, state, path)
         restore_model(self, compiled, state, path)
-        self._ended = lambda: state["run"]
+        run = state["run"]
+        self._ended = lambda: run
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Writes the module's state_dict, as a whole or not at all; a ``.safetensors`` path uses safetensors.

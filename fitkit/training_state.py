@@ -37,6 +37,9 @@ from fitkit.steps import TrainStep
 Stage = Literal["begin", "train", "validate", "end"]
 # Objects beside the compiled ones that a Model of the user's may train with.
 OWN = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler, nn.Module)
+WHOLE = set("outcome arguments epoch stage logs stop called step part_size data validation_data callbacks".split())
+# What a file says of a run by its outcome: None while it runs.
+RUN_PARTS = {None: WHOLE, "finished": WHOLE, "interrupted": {"outcome", "epoch"}}
 PARTS = {"weights", "buffers", "optimizer", "scaler", "own", "history", "random", "modes", "run"}
 
 
@@ -49,6 +52,9 @@ def read_training_state(path: Path) -> dict[str, Any]:
     state = load_state(path)
     if not set(state) >= PARTS:
         raise CheckpointError(f"{path!s} is no file of Model.save: it holds {sorted(map(str, state))}.")
+    run = state["run"]
+    if run is not None and not (isinstance(run, dict) and set(run) >= RUN_PARTS[run.get("outcome")]):
+        raise CheckpointError(f"{path!s} is no file of Model.save: what it says of a run is incomplete.")
     return state
 
 

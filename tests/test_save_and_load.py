@@ -146,6 +146,15 @@ def test_a_state_that_save_did_not_write_is_refused(tmp_path: Path) -> None:
         compiled().load(tmp_path / "file")
 
 
+def test_a_state_with_half_a_run_is_refused(tmp_path: Path) -> None:
+    fitted().save(tmp_path / "file")
+    state = load_state(tmp_path / "file")
+    del state["run"]["data"]
+    save_state(tmp_path / "file", state)
+    with pytest.raises(CheckpointError, match="what it says of a run is incomplete"):
+        compiled().fit(X, Y, epochs=3, verbose=0, resume_from=tmp_path / "file")
+
+
 def test_weights_are_no_training_state(tmp_path: Path) -> None:
     fitted().save_weights(tmp_path / "file")
     with pytest.raises(CheckpointError, match="holds no state but weights. Use load_weights"):

@@ -76,6 +76,7 @@ class BackupAndRestore(Callback):
         self._is_running = False
         self._is_terminated = False
         self._handler: Any = None
+        self._process = 0
 
     def find(self) -> str | None:
         """The backup that a fit goes on from; None when there is none.
@@ -188,11 +189,15 @@ class BackupAndRestore(Callback):
         before = signal.getsignal(signal.SIGTERM)
         if before is None or before == signal.SIG_IGN:
             return
-        self._handler = before
+        self._handler, self._process = before, os.getpid()
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, frame: object) -> None:
-        self._is_terminated = True
+        if os.getpid() == self._process:
+            self._is_terminated = True
+        else:  # a process that was forked in the midst of the run: it has nothing to back up
+            signal.signal(number, self._handler)
+            signal.raise_signal(number)
 
     def _stop_listening(self) -> None:
         """Puts the handler back that was there before; what it would have done with a signal, it does now."""

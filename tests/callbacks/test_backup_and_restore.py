@@ -347,6 +347,24 @@ def test_a_handler_of_the_users_is_called_after_the_backup_and_the_run_goes_on(t
     assert model.history.epoch == [0, 1, 2]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_that_was_forked_in_the_run_can_be_terminated(tmp_path: Path) -> None:
+    statuses: list[int] = []
+
+    def fork(epoch: int, logs: Any) -> None:
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.3)  # what comes while the process is being made, Python forgets
+        os.kill(child, signal.SIGTERM)
+        statuses.append(os.waitpid(child, 0)[1])
+
+    fit(BackupAndRestore(tmp_path), LambdaCallback(on_epoch_begin=fork), epochs=1)
+    assert os.WTERMSIG(statuses[0]) == signal.SIGTERM
+
+
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

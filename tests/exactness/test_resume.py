@@ -198,11 +198,19 @@ def test_a_file_saved_in_any_hook_after_a_step_is_complete(hook: str, first: boo
     assert run(*([LambdaCallback(), Adding()] if first else [Adding()]), resume_from="saved") == expected
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_begin"])
-def test_a_save_before_a_batchs_step_is_refused(hook: str) -> None:
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_train_end"])
+def test_a_file_saved_before_or_after_all_epochs_is_complete(hook: str) -> None:
+    model, fit = KILLED.build(KILLED.RUNS["arrays"])
+    fit(Saving(hook, 0))
+    model, fit = KILLED.build(KILLED.RUNS["arrays"])
+    torch.rand(5)
+    assert KILLED.result(model, fit(resume_from="saved")) == KILLED.undisturbed("arrays")
+
+
+def test_a_save_before_a_batchs_step_is_refused() -> None:
     _, fit = KILLED.build(KILLED.RUNS["arrays"])
     with pytest.raises(ValueError, match="Call it in on_train_batch_end, which is after the step"):
-        fit(Saving(hook, 1))
+        fit(Saving("on_train_batch_begin", 1))
 
 
 def test_a_save_in_a_step_is_refused() -> None:
