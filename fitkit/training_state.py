@@ -37,7 +37,10 @@ from fitkit.steps import TrainStep
 Stage = Literal["begin", "train", "validate", "end"]
 # Objects beside the compiled ones that a Model of the user's may train with.
 OWN = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler, nn.Module)
-WHOLE = set("outcome arguments epoch stage logs stop called step part_size data validation_data callbacks".split())
+WHOLE = {
+    *("outcome", "arguments", "epoch", "stage", "logs", "stop", "called", "step", "part_size"),
+    *("data", "validation_data", "callbacks"),
+}
 # What a file says of a run by its outcome: None while it runs.
 RUN_PARTS = {None: WHOLE, "finished": WHOLE, "interrupted": {"outcome", "epoch"}}
 PARTS = {"weights", "buffers", "optimizer", "scaler", "own", "history", "random", "modes", "run"}

@@ -80,8 +80,8 @@ def test_a_worker_that_dies_is_located(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, str(tmp_path / "script.py")]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    # Which batches were ready by then is the loader's affair.
-    assert re.search(r"RuntimeError: DataLoader worker.*\nThis came up in epoch 2 \(index 1\), batch ", ended.stderr)
+    # By which error torch finds out, and which batches were ready by then, is a matter of moments.
+    assert re.search(r"^(Runtime|ConnectionReset|EOF)Error.*\nThis came up in epoch 2 .*, batch ", ended.stderr, re.M)
     assert ended.stdout == "[0] error\n"
 
 

@@ -105,6 +105,8 @@ def test_fit_trains_or_refuses_and_leaves_the_model_whole(
         history = model.fit(*data, **arguments)
     except (ValueError, TypeError) as error:
         refusal = f"{type(error).__name__}: {error}"
+    except FileNotFoundError as error:
+        refusal = f"There is no {odd['resume_from']}: {error}"
     if not refusal:
         assert all(len(column) == len(history.epoch) for column in history.history.values())
     elif not any(words in refusal for words in ("gave none", "ran dry")):

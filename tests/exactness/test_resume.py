@@ -374,7 +374,7 @@ def test_a_stateful_data_loader_of_torchdata_goes_on() -> None:
 
 @pytest.fixture
 def saved() -> str:
-    model, fit = KILLED.build(KILLED.Run(arguments={"batch_size": 8, "accumulate_grad_batches": 2}))
+    _, fit = KILLED.build(KILLED.Run(arguments={"batch_size": 8, "accumulate_grad_batches": 2}))
     fit(Saving("on_train_batch_end", 3))
     return "saved"
 
