@@ -297,7 +297,8 @@ class Model:
         parts = split_by(flags, step)
         facts = _facts(flags, batches, validation_plan, class_weight, compiled)
         sizes = parts if isinstance(parts, FittingParts) else None
-        progress = Progress(self, compiled, flags, facts, step, sizes, batches, validation_plan, chosen, hooks)
+        noted = type(self) is not Model or not all(isinstance(each, EarlyStopping) for each in chosen)
+        progress = Progress(self, compiled, flags, facts, step, sizes, batches, validation_plan, chosen, hooks, noted)
         progress.saved = self._saved_state(resume_from, chosen, progress)
         validation = None
         if validation_plan is not None:

@@ -152,6 +152,7 @@ class Progress:
         validation: the validation data.
         callbacks: the user's, and early stopping.
         hooks: of these, of History and of the bar.
+        noted: whether anybody could save in the midst of the run; otherwise nothing is noted for it.
         saved: the state that the fit goes on from, and its path; None once it is put back.
         epoch: 0-based index.
         stage: where in the epoch the run is.
@@ -168,6 +169,7 @@ class Progress:
     validation: EpochPlan | None
     callbacks: Sequence[Callback]
     hooks: HookTable
+    noted: bool = True
     saved: tuple[dict[str, Any], Path] | None = None
     epoch: int = field(init=False)
     stage: Stage = "begin"
@@ -179,6 +181,9 @@ class Progress:
 
     def __post_init__(self) -> None:
         self.epoch = self.flags.initial_epoch
+        self.batches.noted = self.noted
+        if self.validation is not None:
+            self.validation.noted = False  # it begins anew, except where it goes on from epoch to epoch
 
     # What the loop tells and asks
 
@@ -200,6 +205,8 @@ class Progress:
 
     def begin_validation(self) -> None:
         """Notes what a validation changes for a while: a save in its midst lets it begin anew."""
+        if not self.noted:
+            return
         data = None if self.validation is None else self.validation.state_dict(in_epoch=False)
         self._before = (random_state(self.compiled.device), get_modes(self.compiled.module), data)
 
@@ -217,8 +224,12 @@ class Progress:
         """The whole training state.
 
         Raises:
-            ValueError: the run is in the midst of a step.
+            ValueError: the run is in the midst of a step, or has noted nothing for a file.
         """
+        if not self.noted:
+            raise ValueError(
+                "Expected save(...) in a hook of a callback of this fit, received it from elsewhere in it."
+            )
         given, trained = self.batches.given, self.step.index + 1
         if self.stage == "train" and (given != trained or not given):
             raise ValueError(

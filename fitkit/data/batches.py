@@ -96,6 +96,7 @@ class EpochPlan:
 
     Attributes:
         given: batches of the epoch that have been given so far.
+        noted: whether the random state is noted from which a pass begins, for a file that goes on in its midst.
         failed: whether the data raised an error in place of the next batch.
     """
 
@@ -111,6 +112,7 @@ class EpochPlan:
     ) -> None:
         self.given = 0
         self.failed = False
+        self.noted = True
         self._goes_on = not (anew and batches.again)
         self._device = device or torch.device("cpu")
         # What draws were made from when the present pass began, and its batches that earlier epochs took.
@@ -221,8 +223,9 @@ class EpochPlan:
 
     def _begin_pass(self) -> Iterator[Any]:
         self._before = -self.given
-        own = [generator.get_state() for generator in self._batches.generators]
-        self._start = {**random_state(self._device), "own": own}
+        if self.noted or self._is_going_on:
+            own = [generator.get_state() for generator in self._batches.generators]
+            self._start = {**random_state(self._device), "own": own}
         return iter(self._batches)
 
     def _noting_errors(self, epoch: Iterator[Any]) -> Generator[Any, None, None]:

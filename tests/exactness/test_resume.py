@@ -16,7 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import fitkit
+from fitkit import training_state
 from fitkit.callbacks import BackupAndRestore, Callback, EarlyStopping, LambdaCallback
+from fitkit.data import batches
+from fitkit.device import random_state
 from fitkit.errors import CheckpointError
 
 
@@ -222,6 +225,33 @@ def test_a_save_in_a_step_is_refused() -> None:
     _, fit = KILLED.build(KILLED.Run(kind=Stepping))
     with pytest.raises(ValueError, match="Expected save"):
         fit()
+
+
+def test_a_save_from_the_data_is_refused_where_no_callback_could_save() -> None:
+    def data() -> Any:
+        yield X, Y
+        model.save("saved")
+        yield X, Y
+
+    model = fitkit.Model(nn.Linear(4, 1), device="cpu")
+    model.compile("adam", "mse")
+    with pytest.raises(ValueError, match="Expected save.* in a hook of a callback of this fit"):
+        model.fit(data(), epochs=1, verbose=0)
+
+
+def test_a_run_that_nobody_can_save_notes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[int] = []
+    seen = random_state
+
+    def noting(device: torch.device) -> Any:
+        noted.append(1)
+        return seen(device)
+
+    monkeypatch.setattr(batches, "random_state", noting)
+    monkeypatch.setattr(training_state, "random_state", noting)
+    _, fit = KILLED.build(KILLED.RUNS["arrays"])
+    fit()
+    assert noted == []
 
 
 def test_a_save_changes_nothing_that_is_counted() -> None:
