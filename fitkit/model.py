@@ -239,7 +239,8 @@ class Model:
             on_nonfinite: "raise" a NonFiniteLossError when an epoch's loss is NaN or infinite, "stop" or "ignore".
             resume_from: a file of `save`, `ModelCheckpoint` or `BackupAndRestore`; the run goes on from there to the
                 last epoch asked for now, as if it had not stopped. The module and the optimizer are made and compiled
-                as they were, the data is the same. What was passed to callbacks may differ.
+                as they were, the data is the same. What was passed to callbacks may differ; initial_epoch is not
+                looked at.
 
         Returns:
             The History, which is also `history`; of a resumed run with the epochs before.

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 import fitkit
 from fitkit.callbacks import BackupAndRestore, Callback, EarlyStopping, ModelCheckpoint
@@ -56,6 +56,28 @@ class Noisy(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x, y = arrays()
         return x[index] + 0.1 * torch.randn(4) + 0.1 * random.random() + 0.1 * float(np.random.rand()), y[index]
+
+
+class Whole(Dataset[Any]):
+    """Ready batches by index."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = arrays()
+        return x[index::11] + torch.rand(()), y[index::11]
+
+
+class Drawing(Sampler[int]):
+    """Draws index by index from the global generator."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(SAMPLES):
+            yield int(torch.randint(SAMPLES, ()))
 
 
 class Stream(IterableDataset[Any]):
@@ -171,7 +193,20 @@ RUNS = {
     ),
     "stream": Run(lambda: DataLoader(Stream(), batch_size=8)),
     "stream that goes on": Run(lambda: DataLoader(Stream(), batch_size=8), {"steps_per_epoch": 5}),
+    "stream of a worker": Run(lambda: DataLoader(Stream(), batch_size=8, num_workers=1), {"steps_per_epoch": 5}),
     "own state": Run(Counting),
+    "list": Run(lambda: [tuple(part[start : start + 9] for part in arrays()) for start in range(0, SAMPLES, 9)]),
+    "whole batches": Run(lambda: DataLoader(Whole(), batch_size=None, shuffle=True)),
+    "own sampler": Run(lambda: DataLoader(Noisy(), batch_size=8, sampler=Drawing())),
+    "overfitting a loader": Run(lambda: DataLoader(Noisy(), batch_size=8, shuffle=True), {"overfit_pct": 0.4}),
+    "validation loader": Run(
+        arguments={"batch_size": 30},
+        lazily=lambda: {
+            "validation_data": DataLoader(
+                Noisy(), batch_size=20, shuffle=True, generator=torch.Generator().manual_seed(5)
+            )
+        },
+    ),
     "generator": Run(
         endless,
         {"steps_per_epoch": 7, "validation_steps": 3},
@@ -208,6 +243,7 @@ RUNS = {
         save_freq="epoch",
     ),
     "own step": Run(arguments={"batch_size": 8}, kind=Adversarial),
+    "fitting parts": Run(arguments={"batch_size": 16, "micro_batch_size": "auto", "accumulate_grad_batches": 2}),
     "parts": Run(arguments={"batch_size": 16, "micro_batch_size": 6}, compiled={"optimizer": "sgd"}),
 }
 

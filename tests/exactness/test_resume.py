@@ -90,14 +90,15 @@ def crashed_and_resumed(name: str, count: int) -> bytes:
     return result
 
 
-@pytest.mark.parametrize("name", [name for name in KILLED.RUNS if name != "workers"])
+@pytest.mark.parametrize("name", [name for name in KILLED.RUNS if "worker" not in name])
 @pytest.mark.parametrize("count", [2, 7])
 def test_a_run_of_any_kind_goes_on_where_it_crashed(name: str, count: int) -> None:
     assert crashed_and_resumed(name, count) == KILLED.undisturbed(name)
 
 
-def test_a_loader_with_workers_goes_on_where_it_crashed() -> None:
-    assert crashed_and_resumed("workers", 14) == KILLED.undisturbed("workers")
+@pytest.mark.parametrize("name", ["workers", "stream of a worker"])
+def test_a_loader_with_workers_goes_on_where_it_crashed(name: str) -> None:
+    assert crashed_and_resumed(name, 14) == KILLED.undisturbed(name)
 
 
 @pytest.mark.long
