@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fitkit._types import ModelProtocol
-from fitkit.callbacks import Callback, EarlyStopping
+from fitkit.callbacks import Callback
 from fitkit.callbacks.hooks import Hook, HookTable
 from fitkit.checkpoints import Path, check_fits, fill, load_state
 from fitkit.computation import Compiled
@@ -256,14 +256,14 @@ class Progress:
         if self.validation is not None:
             validation = self.validation.state_dict(in_epoch=False) if self._before is None else self._before[2]
         keys = {id(callback): key for key, callback in keyed(self.callbacks).items()}
-        stopped = any(isinstance(each, EarlyStopping) and each.stopped_epoch is not None for each in self.callbacks)
+        stopped = any(each.has_stopped for each in self.callbacks)
         return {
             "outcome": None,
             "arguments": self.arguments,
             "epoch": self.epoch,
             "stage": self.stage,
             "logs": {name: as_number(name, value) for name, value in self.logs.items()},
-            # An early stopping judges again whether it stops.
+            # A callback that stopped the run judges again.
             "stop": self.model.stop_training and not stopped,
             "called": [keys[id(owner)] for owner in self._called if id(owner) in keys],
             "step": self.step.state_dict() if in_epoch else None,

@@ -37,6 +37,8 @@ class Callback:
         params: facts about the run; set before the first hook, empty until then. In a fit: "epochs" (the index
             before which training ends), "initial_epoch", "steps" and "validation_steps" (batches an epoch, None
             when unknown), "min_nb_epochs", "verbose" (0, 1 or 2). In evaluate and predict: "steps", "verbose".
+        has_stopped: whether it ended the latest run by a verdict of its own, which it gives anew when the run goes on
+            from a file.
 
     Example:
         >>> class PrintLoss(Callback):
@@ -48,6 +50,7 @@ class Callback:
 
     model: ModelProtocol
     params: dict[str, Any]
+    has_stopped: bool = False
 
     def __init__(self) -> None:
         self.params = {}

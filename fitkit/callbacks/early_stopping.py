@@ -76,6 +76,7 @@ class EarlyStopping(MonitorCallback):
 
     def _reset(self) -> None:
         self.stopped_epoch: int | None = None
+        self.has_stopped = False
         self.best: float | None = None
         self.best_epoch: int | None = None
         self.wait = 0
@@ -104,7 +105,7 @@ class EarlyStopping(MonitorCallback):
         return self.wait >= max(self.patience, 1) and epoch + 1 >= self.params.get("min_nb_epochs", 1)
 
     def _stop(self, epoch: int) -> None:
-        self.stopped_epoch = epoch
+        self.stopped_epoch, self.has_stopped = epoch, True
         self.model.stop_training = True
         if self.verbose:
             goal = self.best if self.baseline is None else self.baseline
@@ -158,7 +159,7 @@ class EarlyStopping(MonitorCallback):
         self._best_weights = state["best_weights"] if self.restore_best_weights else None
         stopped = state["stopped_epoch"]
         if stopped is not None and self._is_over(stopped):
-            self.stopped_epoch = stopped
+            self.stopped_epoch, self.has_stopped = stopped, True
             self.model.stop_training = True
 
 

@@ -7,6 +7,7 @@ iterator at a time, with limits and with plain words when the data runs dry.
 from __future__ import annotations
 
 import abc
+import contextlib
 import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, final
@@ -161,7 +162,7 @@ class EpochPlan:
             self._before += self.given if self._is_going_on else 0
             self.given = 0
         self._in_epoch = self.failed = False
-        return self._noting_errors(self._going_on(self._limit or 0) if self._is_going_on else self._anew())
+        return self._going_on(self._limit or 0) if self._is_going_on else self._anew()
 
     @property
     def _is_going_on(self) -> bool:
@@ -228,24 +229,27 @@ class EpochPlan:
             self._start = {**random_state(self._device), "own": own}
         return iter(self._batches)
 
-    def _noting_errors(self, epoch: Iterator[Any]) -> Generator[Any, None, None]:
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        """Around an epoch: what is raised in it comes from the data, since the loop only ever closes it."""
         try:
-            yield from epoch
+            yield
         except Exception:
             self.failed = True
             raise
 
     def _anew(self) -> Generator[Any, None, None]:
         resumed, self._resumed = self._resumed, None
-        left = None if self._limit is None else self._limit - self.given
-        iterator = self._begin_pass() if resumed is None else resumed
-        for batch in itertools.islice(iterator, left):
-            self.given += 1
-            yield batch
-        if self.given == 0:
-            raise ValueError(self._none_at_all())
-        if self._limit is not None and self.given < self._limit and resumed is None:
-            raise ValueError(self._too_few(self.given))
+        with self._noting_errors():
+            left = None if self._limit is None else self._limit - self.given
+            iterator = self._begin_pass() if resumed is None else resumed
+            for batch in itertools.islice(iterator, left):
+                self.given += 1
+                yield batch
+            if self.given == 0:
+                raise ValueError(self._none_at_all())
+            if self._limit is not None and self.given < self._limit and resumed is None:
+                raise ValueError(self._too_few(self.given))
 
     def _none_at_all(self) -> str:
         why = "Check what made it; what is iterated again at each epoch must give a new iterator each time."
@@ -257,23 +261,24 @@ class EpochPlan:
         fresh = False
         if self._resumed is not None:  # the epoch was told to stop
             limit, self._resumed = self.given, None
-        while self.given < limit:
-            if self._open is None:
-                self._open = self._begin_pass()
-                fresh = True
-            for batch in self._open:
-                self.given += 1
-                try:
-                    yield batch
-                except GeneratorExit:
-                    # Only a run that ends closes an epoch in its middle: workers and open files end with it.
-                    self._open = None
-                    raise
-                if self.given == limit:
-                    return
-            self._open = None
-            if fresh or not self._batches.again:
-                raise ValueError(self._too_few(self.given))
+        with self._noting_errors():
+            while self.given < limit:
+                if self._open is None:
+                    self._open = self._begin_pass()
+                    fresh = True
+                for batch in self._open:
+                    self.given += 1
+                    try:
+                        yield batch
+                    except GeneratorExit:
+                        # Only a run that ends closes an epoch in its middle: workers and open files end with it.
+                        self._open = None
+                        raise
+                    if self.given == limit:
+                        return
+                self._open = None
+                if fresh or not self._batches.again:
+                    raise ValueError(self._too_few(self.given))
 
     def _too_few(self, given: int) -> str:
         return (
