@@ -24,6 +24,7 @@ FLOORS = [
     {"__init__"},
     {"model"},
     {"loop", "microbatches", "learning_rate_finder"},
+    {"training_state"},
     {"steps", "callbacks"},
     {"numbers"},
     {"computation"},
@@ -31,7 +32,7 @@ FLOORS = [
     {"output_losses"},
     {"data", "metrics", "losses", "optimization", "gradients"},
     {"history", "logs", "summary"},
-    {"batch", "checkpoints", "device", "distributed", "flags"},
+    {"batch", "checkpoints", "device", "distributed", "durations", "flags"},
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.

@@ -108,11 +108,19 @@ class ArrayBatches(Batches):
         self.length = -(-self.samples // batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        order = self._order()
+        return self._from(0, self._order())
+
+    def after(self, done: int) -> Iterator[Any]:
+        return self._from(done, self._order())
+
+    def facts(self) -> dict[str, Any]:
+        return {"the number of samples": self.samples, "batch_size": self._batch_size, "shuffle": self._shuffle}
+
+    def _from(self, first: int, order: Tensor | None) -> Iterator[Any]:
         size = min(self._batch_size, self.samples)  # torch takes no integers beyond 64 bits
         step = size * self._batches_in_chunk(size)
         sources = self._rows if self._home is None else self._copies(self._home)
-        for start in range(0, self.samples, step):
+        for start in range(first * size, self.samples, step):
             stop = min(start + step, self.samples)
             index = None if order is None else order[start:stop]
             pieces = zip(*(_cut(rows, start, stop, index, size) for rows in sources), strict=True)

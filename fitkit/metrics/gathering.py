@@ -72,11 +72,12 @@ class Gathering:
             output, target = check_pair(self._names, output, target)
             if not len(output):
                 return
-            self._look(output, target)
+            self._decide(output, target)
+            self._note(output, target)
         rows: tuple[Tensor, ...] = (output, target)
         if self._weighted:
             weight = torch.ones(len(output), device=output.device) if weight is None else weight
-            rows = self._reading.align(output, target, weight)  # type: ignore[union-attr]  # _look sets it
+            rows = self._reading.align(output, target, weight)  # type: ignore[union-attr]  # it is decided
         elif not self._are_rows:
             rows = self._reading.align(output, target)  # type: ignore[union-attr]
         if self._held_elements + self._batch_elements > HELD_ELEMENTS:
@@ -94,9 +95,8 @@ class Gathering:
         pair = isinstance(output, Tensor) and isinstance(target, Tensor)
         return pair and (output.shape, target.shape, target.dtype) == self._shapes
 
-    def _look(self, output: Tensor, target: Tensor) -> None:
-        """Decides how batches of new shapes are read, and whether that fits the metrics and the batches before."""
-        self._decide(output, target)
+    def _note(self, output: Tensor, target: Tensor) -> None:
+        """Notes what is the same for all batches of these shapes."""
         assert self._reading is not None  # it is decided
         rows = self._reading.align(output, target)
         self._are_rows = rows[0] is output and rows[1] is target
@@ -107,6 +107,7 @@ class Gathering:
         self._shapes = (output.shape, target.shape, target.dtype)
 
     def _decide(self, output: Tensor, target: Tensor) -> None:
+        """Decides how batches of new shapes are read, and whether that fits the metrics and the batches before."""
         reading, before = self._read(self._names, output, target, self._meaning), self._reading
         if before is None:
             for key, metric in self._named.items():
@@ -187,6 +188,14 @@ class Gathering:
             "metrics": [state_of(metric) for metric in self._keepers.values()],
         }
 
+    def waiting_state(self) -> dict[str, Any]:
+        """As `state`, but what waits goes on waiting: a save moves no sum's last digit."""
+        held, elements, shapes = self._held, self._held_elements, self._shapes
+        self._held = []
+        kept = {**self.state(), "held": [list(rows) for rows in held], "shapes": shapes}
+        self._held, self._held_elements = held, elements
+        return kept
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on where the state was made."""
         self.reset()
@@ -194,6 +203,11 @@ class Gathering:
             return
         self._build(Reading(**state["reading"]))
         self._samples = state["samples"]
+        self._held = [tuple(part.to(self._device) for part in rows) for rows in state.get("held", ())]
+        self._held_elements = sum(part.numel() for rows in self._held for part in rows)
+        if state.get("shapes") is not None:
+            output, target, dtype = state["shapes"]
+            self._note(torch.empty(output, device="meta"), torch.empty(target, dtype=dtype, device="meta"))
         for metric, kept in zip(self._keepers.values(), state["metrics"], strict=True):
             load_into(metric, kept, self._device)
 
