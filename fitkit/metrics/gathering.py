@@ -6,7 +6,8 @@ What sums them up, most often a class of torchmetrics, stands in names.py, and w
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -161,11 +162,23 @@ class Gathering:
 
     def compute(self, keys: Collection[str]) -> dict[str, Tensor]:
         """The values over all since reset, 0-d, of those keys that are among these; empty before the first update."""
-        self._sum_up()
         if not self._samples:
             return {}
-        with apart():
+        with self._summed_up(), apart():
             return {key: self._value(key) for key in self.keys if key in keys}
+
+    @contextmanager
+    def _summed_up(self) -> Iterator[None]:
+        """With nothing waiting, until all waits again: who looks, and when, moves no sum's last digit."""
+        held, elements = self._held, self._held_elements
+        kept = [state_of(metric) for metric in self._keepers.values()] if held else []
+        self._sum_up()
+        try:
+            yield
+        finally:
+            for metric, state in zip(self._keepers.values(), kept, strict=bool(kept)):
+                load_into(metric, state, self._device)
+            self._held, self._held_elements = held, elements
 
     def _value(self, key: str) -> Tensor:
         named, (metric, keeper) = self._named[key], self._metrics[key]
@@ -181,12 +194,12 @@ class Gathering:
 
     def state(self) -> dict[str, Any]:
         """All that is kept: nested dicts and lists of tensors, numbers and strings."""
-        self._sum_up()
-        return {
-            "reading": None if self._reading is None else asdict(self._reading),
-            "samples": self._samples,
-            "metrics": [state_of(metric) for metric in self._keepers.values()],
-        }
+        with self._summed_up():
+            return {
+                "reading": None if self._reading is None else asdict(self._reading),
+                "samples": self._samples,
+                "metrics": [state_of(metric) for metric in self._keepers.values()],
+            }
 
     def waiting_state(self) -> dict[str, Any]:
         """As `state`, but what waits goes on waiting: a save moves no sum's last digit."""
