@@ -22,6 +22,9 @@ from fitkit.metrics.states import Keeper, apart, join_into, load_into, state_of
 # How many batches wait, and how many elements they hold together at most: half a MB of float32. On the CPU a batch of
 # more than CACHED_ELEMENTS does not wait: while it is in the cache, looking at it costs less than laying it aside.
 HELD_BATCHES = 256
+# Small tensors that wait lie between the large ones of later batches, which then find no place where earlier ones were:
+# so many bytes of batches may be lost in that way.
+BATCH_BYTES = 2**23
 HELD_ELEMENTS = 2**17
 CACHED_ELEMENTS = 2**13
 # How many elements of a larger batch are looked at together: 64 MB of float32.
@@ -49,7 +52,12 @@ class Gathering:
         self._most_waiting = CACHED_ELEMENTS if device.type == "cpu" else HELD_ELEMENTS
         self._read = read_values if "regression" in next(iter(metrics.values())).tasks else read_classes
         self._names = ", ".join(repr(key) for key in metrics)
+        self._batch_bytes = 0
         self.reset()
+
+    def expect(self, batch_bytes: int) -> None:
+        """Says how large batches are, before the first of a run is taken in."""
+        self._batch_bytes = batch_bytes
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -58,7 +66,6 @@ class Gathering:
         self._samples = 0
         self._batch_samples = self._batch_elements = 0
         self._are_rows = False
-        self._most_batches = HELD_BATCHES
         self._held: list[tuple[Tensor, ...]] = []
         self._held_elements = 0
         # The metric of each key, and those that are updated: metrics that inherit one update, and are given the same,
@@ -103,9 +110,10 @@ class Gathering:
         self._are_rows = rows[0] is output and rows[1] is target
         self._batch_samples = len(output)
         self._batch_elements = sum(part.numel() for part in rows) + (rows[1].numel() if self._weighted else 0)
-        # Where algorithms must be deterministic, torchmetrics counts with classes x classes x rows of memory.
-        self._most_batches = 1 if torch.are_deterministic_algorithms_enabled() else HELD_BATCHES
         self._shapes = (output.shape, target.shape, target.dtype)
+        # Where algorithms must be deterministic, torchmetrics counts with classes x classes x rows of memory.
+        waiting = 0 if torch.are_deterministic_algorithms_enabled() else BATCH_BYTES // max(1, self._batch_bytes)
+        self._most_batches = max(1, min(HELD_BATCHES, waiting))
 
     def _decide(self, output: Tensor, target: Tensor) -> None:
         """Decides how batches of new shapes are read, and whether that fits the metrics and the batches before."""
@@ -205,7 +213,8 @@ class Gathering:
         """As `state`, but what waits goes on waiting: a save moves no sum's last digit."""
         held, elements, shapes = self._held, self._held_elements, self._shapes
         self._held = []
-        kept = {**self.state(), "held": [list(rows) for rows in held], "shapes": shapes}
+        waiting = {"held": [list(rows) for rows in held], "shapes": shapes, "batch_bytes": self._batch_bytes}
+        kept = {**self.state(), **waiting}
         self._held, self._held_elements = held, elements
         return kept
 
@@ -216,6 +225,7 @@ class Gathering:
             return
         self._build(Reading(**state["reading"]))
         self._samples = state["samples"]
+        self._batch_bytes = state.get("batch_bytes", 0)
         self._held = [tuple(part.to(self._device) for part in rows) for rows in state.get("held", ())]
         self._held_elements = sum(part.numel() for rows in self._held for part in rows)
         if state.get("shapes") is not None:
