@@ -6,13 +6,14 @@ the first batch, and nowhere else; what needs the data or the callbacks to be ch
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Real
 from typing import Any
 
-from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
+from fitkit.errors import check_choice, check_flag, check_integer, check_number, nearest, show
 
 
 class _NobodyAsked(int):
@@ -57,6 +58,19 @@ class FitArguments:
     on_nonfinite: str
     resume_from: Any
     dataloader_options: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, fit: Callable[..., Any], data: Any, y: Any, others: Mapping[str, Any]) -> FitArguments:
+        """The arguments of a call of fit, with its defaults.
+
+        Raises:
+            TypeError: others has an argument that fit has not.
+        """
+        defaults = {name: each.default for name, each in list(inspect.signature(fit).parameters.items())[3:]}
+        for name in others:
+            if name not in defaults:
+                raise TypeError(f"fit() got an unexpected keyword argument {name!r}.{nearest(name, defaults)}")
+        return cls(data, y, **{**defaults, **others})
 
     def flags(self) -> TrainingFlags:
         """The arguments that are flags, checked."""

@@ -23,7 +23,7 @@ from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
 from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.checkpoints import load_weights, save_state, save_weights
 from fitkit.computation import ClassWeight, Compiled, total_loss
-from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
+from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches, kept_generators
 from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device, room_for_data
 from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
 from fitkit.flags import MAX_NB_EPOCHS, FitArguments, TrainingFlags
@@ -34,6 +34,7 @@ from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import FittingParts, report_size, split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
 from fitkit.output_losses import OutputLosses
+from fitkit.plan import Plan, make_plan
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import summarize, summarize_remembered
 from fitkit.training_state import Progress, check_model, model_state, read_training_state, restore_model
@@ -359,6 +360,29 @@ class Model:
         if validation_plan is not None:
             validation = loop.TestRun(self, self._test_step(compiled, held_out), validation_plan, hooks)
         return loop.FitRun(self, step, batches, hooks, flags, parts, validation, chosen, progress, history)
+
+    def plan(self, data: Any, y: Any = None, **fit_arguments: Any) -> Plan:
+        """What `fit` would do with these arguments, as a table: it trains nothing and changes nothing.
+
+        Arguments that fit would refuse are refused with the same words. Learning rate schedules are run through on a
+        copy; a callable that makes a scheduler is called once with an optimizer over nothing.
+
+        Args:
+            data: as in `fit`; no batch of it is read.
+            y: as in `fit`.
+            fit_arguments: as in `fit`.
+
+        Returns:
+            The `Plan`, which prints as a table: batches and optimizer steps, what a step holds, device and precision,
+            trainable parameters, the learning rate at the first and last step, who answers which hook.
+
+        Raises:
+            ValueError: as `fit`.
+            TypeError: as `fit`.
+        """
+        given = FitArguments.of(Model.fit, data, y, fit_arguments)
+        with kept_random_state(self.device), kept_generators(data, given.validation_data):
+            return make_plan(self._prepare(given, introduces=False), self._require_compiled())
 
     def evaluate(
         self,

@@ -81,6 +81,10 @@ class TensorLoaderBatches(Batches):
         return LoaderBatches(self._loader, self._dtype).facts()
 
     @property
+    def extent(self) -> tuple[int, int] | None:
+        return LoaderBatches(self._loader, self._dtype).extent
+
+    @property
     def generators(self) -> list[torch.Generator]:
         return own_generators(self._loader)
 
