@@ -35,6 +35,7 @@ from fitkit.microbatches import FittingParts, report_size, split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.plan import Plan, make_plan
+from fitkit.script import write_script
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import summarize, summarize_remembered
 from fitkit.training_state import Progress, check_model, model_state, read_training_state, restore_model
@@ -383,6 +384,33 @@ class Model:
         given = FitArguments.of(Model.fit, data, y, fit_arguments)
         with kept_random_state(self.device), kept_generators(data, given.validation_data):
             return make_plan(self._prepare(given, introduces=False), self._require_compiled())
+
+    def to_script(self, path: str | os.PathLike[str], **fit_arguments: Any) -> None:
+        """Writes the run that `fit` would be as one short plain PyTorch script, which needs no fitkit.
+
+        The script begins with the weights, the optimizer's state and the random numbers of now, and ends with the
+        weights that fit would end with, bit for bit. Arrays are saved beside it, as ``<name>_data.pt``, the weights
+        as ``<name>_start.pt``; for Datasets and loaders it has a function to fill in. Metrics and callbacks that only
+        watch are left out.
+
+        Args:
+            path: of the script; the name ends in ``.py``.
+            fit_arguments: as in `fit`, data among them.
+
+        Raises:
+            ValueError: as `fit`; or an argument that a plain script cannot say, which is named. Nothing is written.
+            TypeError: as `fit`.
+            OSError: a file cannot be written.
+        """
+        if "data" not in fit_arguments:
+            raise TypeError("Expected what fit is given, received no data. Write to_script(path, data=..., ...).")
+        rest = {name: value for name, value in fit_arguments.items() if name not in ("data", "y")}
+        given = FitArguments.of(Model.fit, fit_arguments["data"], fit_arguments.get("y"), rest)
+        state = torch.get_rng_state()
+        with kept_random_state(self.device), kept_generators(given.data, given.validation_data):
+            run = self._prepare(given, introduces=False)
+            torch.set_rng_state(state)
+            write_script(path, run, self._require_compiled(), given)
 
     def evaluate(
         self,

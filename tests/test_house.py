@@ -23,7 +23,7 @@ FLOORS = [
     {"sklearn"},
     {"__init__"},
     {"model"},
-    {"plan"},
+    {"plan", "script"},
     {"loop", "microbatches", "learning_rate_finder"},
     {"training_state", "rehearsal"},
     {"steps", "callbacks"},

@@ -117,6 +117,11 @@ class ArrayBatches(Batches):
         return {"the number of samples": self.samples, "batch_size": self._batch_size, "shuffle": self._shuffle}
 
     @property
+    def shuffles(self) -> bool:
+        """Whether each pass has an order of its own."""
+        return self._shuffle
+
+    @property
     def extent(self) -> tuple[int, int]:
         return self.samples, self._batch_size
 

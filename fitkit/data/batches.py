@@ -160,6 +160,16 @@ class EpochPlan:
         return self._limit if self._limit is not None else self._batches.length
 
     @property
+    def data(self) -> Batches:
+        """What gives the batches."""
+        return self._batches
+
+    @property
+    def limit(self) -> int | None:
+        """Batches in an epoch where that is not one pass."""
+        return self._limit
+
+    @property
     def sizes(self) -> tuple[int, int] | None:
         """Samples in an epoch's batches, and in its last one; None where the data does not tell."""
         if self._batches.extent is None or self.length is None:

@@ -73,6 +73,11 @@ class LoaderBatches(Batches):
         }
 
     @property
+    def loader(self) -> DataLoader[Any]:
+        """The loader."""
+        return self._loader
+
+    @property
     def extent(self) -> tuple[int, int] | None:
         given: Any = self._loader.batch_sampler
         if type(given) is not BatchSampler or self.length is None:

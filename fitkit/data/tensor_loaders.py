@@ -81,6 +81,11 @@ class TensorLoaderBatches(Batches):
         return LoaderBatches(self._loader, self._dtype).facts()
 
     @property
+    def loader(self) -> DataLoader[Any]:
+        """The loader."""
+        return self._loader
+
+    @property
     def extent(self) -> tuple[int, int] | None:
         return LoaderBatches(self._loader, self._dtype).extent
 
