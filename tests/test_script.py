@@ -1,4 +1,4 @@
-"""Model.to_script: a plain script that ends with fit's weights, bit for bit, and that a person is glad to go on from."""
+"""Model.to_script: a plain script that ends with fit's weights, bit for bit, and that a person can go on from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -69,6 +70,24 @@ class Secret(nn.Module):
 
     def forward(self, x):
         return self.layers(x)
+
+
+class Hidden(nn.Linear):
+    def __init__(self, factor=1.0):
+        super().__init__(6, 2)
+        self._factor = factor
+
+    def forward(self, x):
+        return self._factor * super().forward(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, output, target):
+        return self.factor * (output - target).square().mean()
 
 
 def distance(output, target):
@@ -243,6 +262,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
         {"loss": lambda output, target: None},
         {"y": VALUES, "accumulate_grad_batches": 3, "validation_split": 0.2},
     ),
+    "a loss module of one's own": (regressor, {"loss": None}, {"y": VALUES, "accumulate_grad_batches": 3}),
+    "a class of one's own in a row": (
+        lambda: nn.Sequential(nn.Linear(6, 6), nets().Net(4), nn.Tanh(), nn.Linear(2, 2)),
+        {},
+        {},
+    ),
+    "another optimizer": (lambda: nn.Linear(6, 2, bias=False), {"optimizer": "rmsprop"}, {}),
     "a schedule of one's own": (make_net, {}, {"callbacks": None}),
     "infinite losses": (make_net, {"learning_rate": 1e30, "optimizer": "sgd"}, {"on_nonfinite": "stop"}),
 }
@@ -263,6 +289,8 @@ def arranged(name: str, folder: Path) -> tuple[fitkit.Model, dict[str, Any]]:
         options |= {"optimizer": torch.optim.SGD(parameters[-2:], lr=0.1), "learning_rate": None}
     if name == "a loss of one's own":
         options["loss"] = nets().distance
+    if name == "a loss module of one's own":
+        options["loss"] = nets().Scaled(0.5)
     arguments = {"data": X, "y": LABELS, "epochs": 4, "verbose": 0, **arguments}
     if name == "a schedule of one's own":
         arguments["callbacks"] = [LRScheduler(nets().warm_up, interval="step"), CSVLogger(folder / "log.csv")]
@@ -286,6 +314,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
     sys.path.remove(str(folder))
     sys.modules.pop("fitkit_test_nets", None)
+
+
+def run_here(path: Path) -> None:
+    """Runs one script as it is, and puts the random numbers back that it draws."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(path))
 
 
 def run_scripts(paths: list[Path], folder: Path) -> None:
@@ -322,7 +357,7 @@ def test_the_script_ends_with_the_weights_of_fit(name: str, folder: Path, fitted
     assert list(trained) == list(fitted[name])
     assert any(not torch.equal(trained[key], start[key]) for key in trained)
     for key, value in fitted[name].items():
-        assert torch.equal(value, trained[key]) or (value.isnan() == trained[key].isnan()).all(), key
+        assert torch.equal(value.nan_to_num(7.0), trained[key].nan_to_num(7.0)), key
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -330,7 +365,7 @@ def test_the_script_is_short_and_imports_torch_alone(name: str, folder: Path, fi
     text = script_of(name, folder).read_text()
     imported = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
     assert imported <= {"copy", "itertools", "math", "pathlib", "torch", "torch.utils.data", "fitkit_test_nets"}
-    assert len(text.splitlines()) <= 105
+    assert len(text.splitlines()) <= (110 if name == "everything at once" else 92)
     assert max(map(len, text.splitlines())) <= 88
     assert "$" not in text
     assert "#?" not in text
@@ -387,7 +422,7 @@ def test_a_second_fit_goes_on_with_optimizer_and_random_numbers(folder: Path) ->
     model.fit(X, LABELS, epochs=2, verbose=0)
     model.to_script(path, data=X, y=LABELS, epochs=2)
     model.fit(X, LABELS, epochs=2, verbose=0)
-    run_scripts([path], folder)
+    run_here(path)
     assert_same(path, model)
 
 
@@ -397,29 +432,44 @@ def test_groups_of_submodules_keep_their_rates(folder: Path) -> None:
     model = compiled(net, optimizer=torch.optim.SGD(groups, lr=0.01))
     model.to_script(path, data=X, y=LABELS, epochs=2)
     model.fit(X, LABELS, epochs=2, verbose=0)
-    run_scripts([path], folder)
+    run_here(path)
     assert_same(path, model)
 
 
-@pytest.mark.parametrize("kind", ["dataset", "loader", "ready batches"])
-def test_data_that_cannot_be_saved_is_a_function_to_fill_in(kind: str, folder: Path) -> None:
-    data: Any = {
-        "dataset": Pairs(),
-        "loader": DataLoader(Pairs(), batch_size=32, shuffle=True),
-        "ready batches": [(X[:100], LABELS[:100]), (X[100:], LABELS[100:])],
-    }[kind]
-    model, path = compiled(), folder / f"filled_{kind.replace(' ', '_')}.py"
-    model.to_script(path, data=data, epochs=2, validation_data=(X, LABELS))
-    text = path.read_text()
-    place = text[text.index("    raise NotImplementedError") :].split("\n", 1)[0]
-    filled = "    return DataLoader(TensorDataset(X, Y), batch_size=32, shuffle=True)"
-    if kind == "ready batches":
-        filled = "    return [(X[:100], Y[:100]), (X[100:], Y[100:])]"
+FILLED: dict[str, tuple[Callable[[], Any], str]] = {
+    "dataset": (Pairs, "TensorDataset(X, Y)"),
+    "a loader": (
+        lambda: DataLoader(Pairs(), batch_size=32, shuffle=True),
+        "DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=32, shuffle=True)",
+    ),
+    "ready batches": (
+        lambda: [(X[:100], LABELS[:100]), (X[100:], LABELS[100:])],
+        "[(X[:100], Y[:100]), (X[100:], Y[100:])]",
+    ),
+    "a list of python's numbers": (lambda: Floats(), "[(X[i], Y[i].double()) for i in range(203)]"),
+}
+
+
+class Floats(Pairs):
+    def __getitem__(self, index: int) -> Any:
+        return X[index], float(LABELS[index])
+
+
+@pytest.mark.parametrize("kind", FILLED)
+def test_what_cannot_be_saved_is_a_line_to_fill_in(kind: str, folder: Path) -> None:
+    make_data, filling = FILLED[kind]
+    floats = kind.endswith("numbers")
+    model, path = (
+        compiled(regressor() if floats else None, loss="mse" if floats else "cross_entropy"),
+        script_of(kind, folder),
+    )
+    model.to_script(path, data=make_data(), epochs=2, validation_data=(X, LABELS), accumulate_grad_batches=2)
     torch.save([X, LABELS], folder / "filled.pt")
-    text = text.replace(place, f'    X, Y = torch.load(HERE / "filled.pt")\n{filled}')
-    path.write_text(text.replace("import DataLoader\n", "import DataLoader, TensorDataset\n"))
-    model.fit(data, epochs=2, validation_data=(X, LABELS), verbose=0)
-    run_scripts([path], folder)
+    text = path.read_text()
+    assert text.count("...  # FILL THIS IN: the ") == 1
+    path.write_text(text.replace("= ...", f'= (lambda X, Y: {filling})(*torch.load(HERE / "filled.pt"))'))
+    model.fit(make_data(), epochs=2, validation_data=(X, LABELS), accumulate_grad_batches=2, verbose=0)
+    run_here(path)
     assert_same(path, model)
 
 
@@ -431,7 +481,37 @@ def test_a_class_whose_making_is_unknown_is_left_to_fill_in(folder: Path) -> Non
     assert "module = Secret(...)  # FILL THIS IN: as you made it" in text
     path.write_text(text.replace("Secret(...)", "Secret([5])"))
     model.fit(X, LABELS, epochs=1, verbose=0)
-    run_scripts([path], folder)
+    run_here(path)
+    assert_same(path, model)
+
+
+@pytest.mark.parametrize("make", [lambda: nets().Hidden(2.0), lambda: nn.Sequential(nets().Hidden(2.0))])
+def test_what_a_module_keeps_to_itself_is_not_guessed(make: Callable[[], nn.Module], folder: Path) -> None:
+    compiled(make()).to_script(folder / "hidden.py", data=X, y=LABELS, epochs=1)
+    assert "(...)  # FILL THIS IN: as you made it" in (folder / "hidden.py").read_text()
+
+
+def test_hooks_on_a_module_are_not_overlooked(folder: Path) -> None:
+    net = make_net()
+    net[0].register_forward_hook(lambda module, arguments, output: output * 2)
+    compiled(net).to_script(folder / "hooked.py", data=X, y=LABELS, epochs=1)
+    assert "module = nn.Sequential(...)  # FILL THIS IN" in (folder / "hooked.py").read_text()
+
+
+def test_tied_weights_are_not_untied(folder: Path) -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    net[1].weight = net[0].weight
+    compiled(net).to_script(folder / "tied.py", data=X, y=LABELS, epochs=1)
+    assert "module = nn.Sequential(...)  # FILL THIS IN" in (folder / "tied.py").read_text()
+
+
+@pytest.mark.long
+def test_a_compiled_module_stays_compiled(folder: Path) -> None:
+    model, path = compiled(nn.Linear(6, 2), jit_compile=True), folder / "jit.py"
+    model.to_script(path, data=X, y=LABELS, epochs=2)
+    model.fit(X, LABELS, epochs=2, verbose=0)
+    run_here(path)
+    assert "output = compiled(x)" in path.read_text()
     assert_same(path, model)
 
 

@@ -34,13 +34,13 @@ def fold(text: str, indent: int = 0, room: int = 0) -> str:
     Args:
         text: a statement without line breaks.
         indent: columns that stand before it, also before its further lines.
-        room: columns that are needed behind it.
+        room: columns that are needed besides, for what stands around it.
     """
     if len(text) + indent + room <= WIDTH or text[-1] not in ")]}":
         return text
     opening, items = _last_bracket(text)
     inner = " " * (indent + 4)
-    lines = [f"{inner}{fold(item, indent + 4, room=1)},\n" for item in items]
+    lines = [f"{inner}{fold(item, indent + 4, room + 1)},\n" for item in items]
     return f"{text[:opening]}\n{''.join(lines)}{' ' * indent}{text[-1]}" if items else text
 
 
@@ -78,6 +78,8 @@ def literal(value: Any) -> str | None:
     """A number, a string or a tuple of them as it is written; None for anything else."""
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
+    if isinstance(value, float):
+        return repr(value).replace("e+", "e")
     if type(value) is str:
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if value.isprintable() else None
     if type(value) in SIMPLE:
@@ -175,9 +177,15 @@ def _is_alike(made: nn.Module, module: nn.Module) -> bool:
     return _shapes(made) == _shapes(module) and _sharing(made) == _sharing(module)
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """What else than tensors and modules a module holds, as text."""
-    return {name: repr(value) for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+def _settings(module: nn.Module) -> dict[str, str]:
+    """What a module holds besides parameters, buffers and modules, as text; of torch's own, what has a public name."""
+    from_torch = type(module).__module__.startswith("torch.nn.")
+    left_out = set(vars(nn.Module()))
+    return {
+        name: repr(value)
+        for name, value in vars(module).items()
+        if name not in left_out and not (from_torch and name[0] == "_")
+    }
 
 
 def _shapes(module: nn.Module) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,7 +15,7 @@ from fitkit.data import EpochPlan
 from fitkit.data.arrays import ArrayBatches
 from fitkit.data.loaders import LoaderBatches
 from fitkit.data.tensor_loaders import TensorLoaderBatches
-from fitkit.script.expressions import fold, literal, unknown
+from fitkit.script.expressions import fold, unknown
 
 # Arrays of more bytes are not copied: a script of some kilobytes is not to fill a disk.
 MOST_BYTES = 2**30
@@ -29,23 +29,23 @@ class Source:
     Attributes:
         name: "training" or "validation".
         lines: what makes them in the script, and how many of them an epoch takes.
-        loading: the function to be filled in; empty where tensors are saved.
         saved: the tensors that are saved, None where there is something to fill in.
         inputs: how the inputs of a batch are named in the script.
         keywords: the names by which the module takes the inputs, where it does.
         y: targets such as they come: all of them where they are saved, of a batch elsewhere.
         weighted: whether sample weights come with them.
+        casts: what of a batch is given to the module in another dtype, by name.
         batches: what the batch loop runs over.
     """
 
     name: str
     lines: str
-    loading: str
     saved: list[Tensor] | None
     inputs: tuple[str, ...]
     keywords: tuple[str, ...] | None
     y: Tensor
     weighted: bool
+    casts: dict[str, torch.dtype]
     batches: str
 
     @property
@@ -77,32 +77,28 @@ def source_of(plan: EpochPlan, given: Any, name: str, limit: str | None, counted
     if not isinstance(y, Tensor) or not isinstance(w, (Tensor, type(None))):
         raise unknown(argument, "batches that are not (x, y) with one tensor y", "Write the loop by hand.")
     saved = [*tensors, y, *([] if w is None else [w])]
-    loading = ""
-    if arguments is None or sum(tensor.nbytes for tensor in saved) > MOST_BYTES:
-        if (
-            plan.limit is not None
-            and isinstance(given, DataLoader)
-            and data is not given
-            and "overfit" in (limit or "")
-        ):
-            raise unknown("overfit_pct", "with a DataLoader, whose order it changes", "Pass arrays or a Dataset.")
-        loading, saved_or_none, loader = _filled_in(name, given, data), None, f"load_{name}()"
+    fills_in = arguments is None or sum(tensor.nbytes for tensor in saved) > MOST_BYTES
+    casts = {}
+    if fills_in:
+        if isinstance(given, DataLoader) and isinstance(data, LoaderBatches) and data.loader is not given:
+            raise unknown("overfit_pct", "a DataLoader whose order it changes", "Pass arrays or a Dataset.")
+        lines = _left_open(name, given, data)
+        casts = _casts(data, [*inputs, "y"], [*tensors, y])
     else:
-        loader = f'DataLoader({", ".join([f"""TensorDataset(*data["{name}"])""", *arguments])})'
-        saved_or_none = saved
-    lines = [fold(f"{name} = {loader}")]
+        tensors_text = f'TensorDataset(*data["{name}"])'
+        lines = [fold(f"{name} = DataLoader({', '.join([tensors_text, *(arguments or [])])})")]
     count = "batches" if name == "training" else "validation_batches"
     if limit is not None or counted:
         lines.append(f"{count} = {limit or f'len({name})'}")
     return Source(
         name=name,
         lines="\n".join(lines),
-        loading=loading,
-        saved=saved_or_none,
+        saved=None if fills_in else saved,
         inputs=inputs,
         keywords=keywords,
         y=y,
         weighted=w is not None,
+        casts=casts,
         batches=name if limit is None else f"islice({name}, {count})",
     )
 
@@ -152,20 +148,37 @@ def _inputs(x: Any, argument: str) -> tuple[tuple[str, ...], tuple[str, ...] | N
     return tuple(f"x{index + 1}" for index in range(len(tensors))), keywords, tensors
 
 
-def _filled_in(name: str, given: Any, data: Any) -> str:
-    """The function that is left to who has the data."""
-    what = f"the {type(given).__name__} that fit was given"
-    if isinstance(data, LoaderBatches) and not isinstance(given, DataLoader):
-        shuffles = type(data.loader.sampler) is RandomSampler
-        options = f"batch_size={data.loader.batch_size}, shuffle={shuffles}"
-        what = f"DataLoader(dataset, {options}) of the {type(data.loader.dataset).__name__} that fit was given"
-    return f'''
+def _left_open(name: str, given: Any, data: Any) -> list[str]:
+    """The lines that are left to who has the data."""
+    if not isinstance(data, LoaderBatches) or isinstance(given, DataLoader):
+        return [f"{name} = ...  # FILL THIS IN: the {type(given).__name__} that fit was given"]
+    loader: Any = data.loader
+    if loader.collate_fn is not default_collate:
+        return [f"{name} = ...  # FILL THIS IN: a DataLoader as fit made it, with dataloader_options"]
+    arguments = [
+        f"batch_size={loader.batch_size}",
+        *(["shuffle=True"] if type(loader.sampler) is RandomSampler else []),
+    ]
+    if loader.drop_last:
+        arguments.append("drop_last=True")
+    kind = type(loader.dataset).__name__
+    return [
+        f"dataset = ...  # FILL THIS IN: the {kind} that fit was given",
+        f"{name} = DataLoader(dataset, {', '.join(arguments)})",
+    ]
 
-def load_{name}():
-    """Fill this in: what gives the batches of {name}, at each epoch anew."""
-    raise NotImplementedError({literal(f"return {what}")})
 
-'''
+def _casts(data: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, torch.dtype]:
+    """What a loader gives in another dtype than fit gives to the module: Python's floats are collated to float64."""
+    if not isinstance(data, LoaderBatches):
+        return {}
+    x, y, _ = unpack(next(iter(data.loader)))
+    raw = [*_inputs(x, "data")[2], y]
+    return {
+        name: tensor.dtype
+        for name, one, tensor in zip(names, raw, tensors, strict=True)
+        if isinstance(one, Tensor) and one.dtype != tensor.dtype
+    }
 
 
 def tensors_saved(sources: list[Source]) -> dict[str, list[Tensor]]:

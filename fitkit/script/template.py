@@ -35,7 +35,6 @@ parameters = [each for group in optimizer.param_groups for each in group["params
 optimizer.load_state_dict(start["optimizer"])  #? goes_on
 $schedulers  #? schedules
 $constants  #? has_constants
-$loading  #? loads
 $training
 $validation  #? validates
 
@@ -147,7 +146,8 @@ if held != expected:  # its batches were not all as large as its first
 """
 
 STEP = """\
-gradients = [each.grad for each in $all_parameters if each.grad is not None]  #? other_norms
+gradients = [each.grad for each in $all_parameters]  #? other_norms
+gradients = [each for each in gradients if each is not None]  #? other_norms
 norms.append(nn.utils.get_total_norm(gradients, $order))  #? other_norms
 norms.append(nn.utils.clip_grad_norm_($all_parameters, $clip))  #? clips same_norm
 nn.utils.clip_grad_norm_($all_parameters, $clip)  #? clips not same_norm

@@ -34,7 +34,7 @@ from fitkit.script.expressions import (
 )
 from fitkit.script.listeners import Listeners, listeners_of, stopping_text
 from fitkit.script.losses import LossText, class_weight_text, loss_text
-from fitkit.script.sources import Source, source_of, tensors_saved
+from fitkit.script.sources import source_of, tensors_saved
 from fitkit.script.template import CLOSING, JUDGING, SCRIPT, STEP, render
 
 IMPORTS = {
@@ -46,7 +46,6 @@ IMPORTS = {
     "from pathlib import Path": r"\bPath\(",
 }
 TORCH_IMPORTS = {
-    "from copy import deepcopy": r"\bdeepcopy\(",
     "import torch": r"\btorch\.",
     "import torch.nn.functional as F": r"\bF\.",
     "from torch import nn": r"\bnn\.",
@@ -172,10 +171,9 @@ class _Writer:
             "goes_on": bool(self._optimizer.state),
             "schedules": bool(heard.schedulers),
             "has_constants": bool(self._loss.constants or heard.constants),
-            "loads": any(source.loading for source in self.sources),
             "validates": len(self.sources) > 1,
             "sometimes": flags.validation_freq != 1,
-            "moves": self._compiled.device.type != "cpu",
+            "moves": bool(self._moved()),
             "bf16": self._compiled.precision == "bf16-mixed",
             "evals": bool(self._evals()),
             "stops": stopping is not None,
@@ -215,19 +213,18 @@ class _Writer:
             "trained_file": f"{self._stem}_trained.pt",
             "module": self._module_text,
             "conversion": self._conversion(),
-            "frozen": fold(str(self._frozen()).replace("'", '"'), 8),
+            "frozen": fold(literal(self._frozen()) or "", room=13),
             "optimizer": self._optimizer_text,
             "schedulers": "\n".join(heard.schedulers),
             "constants": "\n".join([*loss.constants, *heard.constants]),
-            "loading": "".join(source.loading for source in self.sources),
             "training": training.lines,
             "validation": validation.lines,
             "arguments": self._arguments(),
-            "moving": _moved(training, device),
+            "moving": self._moved(),
             "device": device.type,
             "computing": self._computing(),
             "weight": loss.weight,
-            "evals": fold(str(self._evals()).replace("'", '"'), 8),
+            "evals": fold(literal(self._evals()) or "", 4, room=13),
             "fork": "devices=[]" if device.type == "cpu" else f'devices=["{device}"]',
             "validation_batch": validation.batch,
             "validation_batches": validation.batches,
@@ -245,8 +242,8 @@ class _Writer:
             "plateau_schedules": "\n".join(heard.plateau),
             "step_schedules": "\n".join(heard.by_step),
             "all_parameters": "module.parameters()" if self._holds_all() else "parameters",
-            "order": 'float("inf")' if order == math.inf else repr(order),
-            "clip": repr(flags.gradient_clip_val),
+            "order": 'float("inf")' if order == math.inf else str(literal(order)),
+            "clip": literal(flags.gradient_clip_val) or "",
             "stopping": "",
         }
 
@@ -274,24 +271,32 @@ class _Writer:
         else:
             lines += ["if w is None:", f"    loss = {self._loss.plain}", "else:"]
             lines += [f"    {line}" for line in self._loss.items]
-        return "\n".join(fold(line, 8) for line in lines)
+        return "\n".join(fold(line, room=8) for line in lines)
+
+    def _moved(self) -> str:
+        """The lines that take a batch to the device, and to another dtype where a loader does not give that of fit."""
+        casts = {name: dtype for source in self.sources for name, dtype in source.casts.items()}
+        places = [] if self._compiled.device.type == "cpu" else [f'"{self._compiled.device}"']
+        lines = []
+        for name in [*self.sources[0].inputs, "y"]:
+            arguments = [*places, *([str(casts[name])] if name in casts else [])]
+            lines += [f"{name} = {name}.to({', '.join(arguments)})"] if arguments else []
+        return "\n".join(lines)
 
     def _make_module(self) -> str:
         text, kind = module_expression(self._module), type(self._module)
-        if text is not None and text.startswith("nn."):
-            self._imports += [found for found in map(importable, _own_kinds(self._module)) if found is not None]
-            return fold(f"module = {text}")
-        found = importable(kind)
-        if found is None:
+        from_torch = getattr(nn, kind.__name__, None) is kind
+        if not from_torch and importable(kind) is None:
             raise unknown(
                 "module",
                 f"a {kind.__name__}, which cannot be imported from {kind.__module__}",
                 "Move the class into a file of its own, and import it from there.",
             )
-        self._imports.append(found)
-        if text is not None:
-            return fold(f"module = {text}")
-        return f"module = {kind.__name__}(...)  # FILL THIS IN: as you made it"
+        name = f"nn.{kind.__name__}" if from_torch else kind.__name__
+        line = f"module = {name}(...)  # FILL THIS IN: as you made it" if text is None else fold(f"module = {text}")
+        named = {importable(type(each)) for each in self._module.modules()} - {None}
+        self._imports += [each for each in named if each and re.search(rf"(?<!\.)\b{each[1]}\(", line)]
+        return line
 
     def _make_optimizer(self) -> str:
         kind = type(self._optimizer)
@@ -377,12 +382,6 @@ class _Writer:
         return "\n\n".join("\n".join(group) for group in (chosen, torches, lines) if group)
 
 
-def _own_kinds(module: nn.Module) -> list[type]:
-    """The classes in a module that are not torch's."""
-    kinds = {type(each) for each in module.modules()}
-    return [kind for kind in kinds if getattr(nn, kind.__name__, None) is not kind]
-
-
 def _limit(flags: TrainingFlags) -> str | None:
     """How many batches an epoch takes, as an expression; None where it takes all of them."""
     if flags.steps_per_epoch is not None:
@@ -414,12 +413,6 @@ def _frequency(frequency: int | tuple[int, ...]) -> str:
     if isinstance(frequency, int):
         return f"(epoch + 1) % {frequency} == 0"
     return f"epoch + 1 in {literal(sorted(frequency))}"
-
-
-def _moved(source: Source, device: torch.device) -> str:
-    names = [*source.inputs, "y"]
-    lines = [f'{name} = {name}.to("{device}")' for name in names]
-    return "\n".join(lines)
 
 
 def _random(device: torch.device) -> tuple[str, dict[str, Any]]:
