@@ -155,7 +155,9 @@ class Plan:
         return "" if len(self.windows) == 1 else f", from epoch {windows.first_epoch + 1}"
 
     def _shown_validations(self) -> str:
-        return f"{self.validations} of {_count(self.validation_batches)} batches" if self.validations else "none"
+        if not self.validations:
+            return "none"
+        return f"{self.validations}, each of {_batches(self.validation_batches)}"
 
     def _shown_rates(self) -> str:
         rates = self.learning_rates
@@ -264,8 +266,11 @@ def _shown(callback: Callback) -> str:
 
 
 def _amount(batches: int | None, samples: int | None) -> str:
-    count = f"{batches} batch{'' if batches == 1 else 'es'}"
-    return count if samples is None else f"{count}, {_samples(samples)}"
+    return _batches(batches) if samples is None else f"{_batches(batches)}, {_samples(samples)}"
+
+
+def _batches(count: int | None) -> str:
+    return f"{_count(count)} batch{'' if count == 1 else 'es'}"
 
 
 def _samples(count: int) -> str:

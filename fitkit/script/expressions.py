@@ -11,6 +11,7 @@ import inspect
 import itertools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -208,6 +209,11 @@ def optimizer_options(optimizer: Optimizer, group: Mapping[str, Any]) -> list[st
         for name, parameter in parameters.items()
         if name in group and name != "params" and (name == "lr" or group[name] != parameter.default)
     }
+    needed = [
+        name for name, each in parameters.items() if each.default is each.empty and name not in ("self", "params")
+    ]
+    if any(name not in group and parameters[name].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD for name in needed):
+        return None
     stand_in = [torch.zeros(1, device=group["params"][0].device, dtype=group["params"][0].dtype, requires_grad=True)]
     made = type(optimizer)(stand_in, **options).param_groups[0]
     differing = [name for name in {**made, **group} if name not in ("params", "initial_lr", "max_lr", "min_lr")]
@@ -232,7 +238,10 @@ def scheduler_expression(optimizer: Optimizer, make: Callable[[Optimizer], Any])
     def made(again: Optimizer) -> Any:
         return eval(text, {"torch": torch, "optimizer": again})
 
-    return text if _rates(optimizer, made) == _rates(optimizer, make) else None
+    with warnings.catch_warnings():
+        # What torch has to say of a scheduler, it says in the run.
+        warnings.simplefilter("ignore")
+        return text if _rates(optimizer, made) == _rates(optimizer, make) else None
 
 
 def _scheduler_text(scheduler: Any) -> str | None:

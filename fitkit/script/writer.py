@@ -10,12 +10,10 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from fitkit.checkpoints import write_atomically
@@ -26,14 +24,12 @@ from fitkit.loop import FitRun
 from fitkit.script.expressions import (
     WIDTH,
     fold,
-    importable,
     literal,
-    module_expression,
-    optimizer_options,
     unknown,
 )
 from fitkit.script.listeners import Listeners, listeners_of, stopping_text
 from fitkit.script.losses import LossText, class_weight_text, loss_text
+from fitkit.script.making import conversion, evaluation_names, frozen_names, holds_all, module_line, optimizer_line
 from fitkit.script.sources import source_of, tensors_saved
 from fitkit.script.template import CLOSING, JUDGING, SCRIPT, STEP, render
 
@@ -134,9 +130,9 @@ class _Writer:
             constant, self._class_weight = class_weight_text(weights, training, loss, device)
             self._loss.constants.append(fold(constant))
         self._heard: Listeners = listeners_of(run.callbacks, self._optimizer, self._epochs)
-        self._imports = [*self._loss.imports, *self._heard.imports]
-        self._module_text = self._make_module()
-        self._optimizer_text = self._make_optimizer()
+        self._module_text, of_module = module_line(self._module)
+        self._optimizer_text, of_optimizer = optimizer_line(self._optimizer, self._module)
+        self._imports = [*self._loss.imports, *self._heard.imports, *of_module, *of_optimizer]
 
     def start(self) -> dict[str, Any]:
         """What the script begins with: weights, and what else is not as it is anew."""
@@ -164,10 +160,10 @@ class _Writer:
         same_norm = norms and clips and flags.track_grad_norm == 2
         return {
             "saves_data": any(source.saved is not None for source in self.sources),
-            "converts": bool(self._conversion()),
-            "freezes": bool(self._frozen()),
+            "converts": bool(conversion(self._module, self._compiled.device)),
+            "freezes": bool(frozen_names(self._module)),
             "jit": self._compiled.forward is not self._module,
-            "some_parameters": not self._holds_all() and (self._windows or norms or clips),
+            "some_parameters": not holds_all(self._optimizer, self._module) and (self._windows or norms or clips),
             "goes_on": bool(self._optimizer.state),
             "schedules": bool(heard.schedulers),
             "has_constants": bool(self._loss.constants or heard.constants),
@@ -175,7 +171,7 @@ class _Writer:
             "sometimes": flags.validation_freq != 1,
             "moves": bool(self._moved()),
             "bf16": self._compiled.precision == "bf16-mixed",
-            "evals": bool(self._evals()),
+            "evals": bool(evaluation_names(self._module)),
             "stops": stopping is not None,
             "restores": stopping is not None and stopping.restore_best_weights,
             "changes_windows": self._windows and not isinstance(flags.accumulate_grad_batches, int),
@@ -212,8 +208,8 @@ class _Writer:
             "data_file": self.data_file,
             "trained_file": f"{self._stem}_trained.pt",
             "module": self._module_text,
-            "conversion": self._conversion(),
-            "frozen": fold(literal(self._frozen()) or "", room=13),
+            "conversion": conversion(self._module, self._compiled.device),
+            "frozen": fold(literal(frozen_names(self._module)) or "", room=13),
             "optimizer": self._optimizer_text,
             "schedulers": "\n".join(heard.schedulers),
             "constants": "\n".join([*loss.constants, *heard.constants]),
@@ -224,7 +220,7 @@ class _Writer:
             "device": device.type,
             "computing": self._computing(),
             "weight": loss.weight,
-            "evals": fold(literal(self._evals()) or "", 4, room=13),
+            "evals": fold(literal(evaluation_names(self._module)) or "", 4, room=13),
             "fork": "devices=[]" if device.type == "cpu" else f'devices=["{device}"]',
             "validation_batch": validation.batch,
             "validation_batches": validation.batches,
@@ -241,7 +237,7 @@ class _Writer:
             "epoch_schedules": "\n".join(heard.by_epoch),
             "plateau_schedules": "\n".join(heard.plateau),
             "step_schedules": "\n".join(heard.by_step),
-            "all_parameters": "module.parameters()" if self._holds_all() else "parameters",
+            "all_parameters": "module.parameters()" if holds_all(self._optimizer, self._module) else "parameters",
             "order": 'float("inf")' if order == math.inf else str(literal(order)),
             "clip": literal(flags.gradient_clip_val) or "",
             "stopping": "",
@@ -282,90 +278,6 @@ class _Writer:
             arguments = [*places, *([str(casts[name])] if name in casts else [])]
             lines += [f"{name} = {name}.to({', '.join(arguments)})"] if arguments else []
         return "\n".join(lines)
-
-    def _make_module(self) -> str:
-        text, kind = module_expression(self._module), type(self._module)
-        from_torch = getattr(nn, kind.__name__, None) is kind
-        if not from_torch and importable(kind) is None:
-            raise unknown(
-                "module",
-                f"a {kind.__name__}, which cannot be imported from {kind.__module__}",
-                "Move the class into a file of its own, and import it from there.",
-            )
-        name = f"nn.{kind.__name__}" if from_torch else kind.__name__
-        line = f"module = {name}(...)  # FILL THIS IN: as you made it" if text is None else fold(f"module = {text}")
-        named = {importable(type(each)) for each in self._module.modules()} - {None}
-        self._imports += [each for each in named if each and re.search(rf"(?<!\.)\b{each[1]}\(", line)]
-        return line
-
-    def _make_optimizer(self) -> str:
-        kind = type(self._optimizer)
-        found = importable(kind)
-        if getattr(torch.optim, kind.__name__, None) is kind:
-            name = f"torch.optim.{kind.__name__}"
-        elif found is not None:
-            name = kind.__name__
-            self._imports.append(found)
-        else:
-            raise unknown("compile(optimizer=...)", f"a {kind.__name__} that cannot be imported", "Move its class.")
-        groups = []
-        for group in self._optimizer.param_groups:
-            options, parameters = optimizer_options(self._optimizer, group), self._named(group["params"])
-            if options is None or parameters is None:
-                what = f"a {kind.__name__} over parameters or with options that a script has no name for"
-                raise unknown("compile(optimizer=...)", what, "Give it the parameters of the module or of submodules.")
-            groups.append((parameters, options))
-        if len(groups) == 1:
-            return fold(f"optimizer = {name}({', '.join([groups[0][0], *groups[0][1]])})")
-        listed = [
-            "{"
-            + ", ".join([f'"params": {parameters}', *(re.sub(r"^(\w+)=", r'"\1": ', each) for each in options)])
-            + "}"
-            for parameters, options in groups
-        ]
-        return fold(f"optimizer = {name}([{', '.join(listed)}])")
-
-    def _named(self, parameters: Sequence[nn.Parameter]) -> str | None:
-        """The expression of a group's parameters: all of the module's or a submodule's, or those not frozen."""
-        wanted = list(map(id, parameters))
-        for name, child in self._module.named_modules():
-            owner = f'module.get_submodule("{name}")' if name else "module"
-            every = list(child.parameters())
-            if list(map(id, every)) == wanted:
-                return f"{owner}.parameters()"
-            if [id(each) for each in every if each.requires_grad] == wanted:
-                return f"[each for each in {owner}.parameters() if each.requires_grad]"
-        return None
-
-    def _holds_all(self) -> bool:
-        """Whether the optimizer has every parameter that gets a gradient."""
-        held = {id(each) for group in self._optimizer.param_groups for each in group["params"]}
-        return all(id(each) in held for each in self._module.parameters() if each.requires_grad)
-
-    def _frozen(self) -> list[str]:
-        return [name for name, each in self._module.named_parameters() if not each.requires_grad]
-
-    def _evals(self) -> list[str]:
-        """The outermost submodules that stay in evaluation mode; in a root of that mode, none does."""
-        if not self._module.training:
-            return []
-        found: list[str] = []
-        for name, child in self._module.named_modules():
-            if child.training or any(name.startswith(f"{outer}.") for outer in found):
-                continue
-            if any(each.training for each in child.modules()):
-                raise unknown("module", f"{name} in evaluation mode around what is trained", "Set modes from inside.")
-            found.append(name)
-        return found
-
-    def _conversion(self) -> str:
-        tensors = [*self._module.parameters(), *self._module.buffers()]
-        dtypes = {each.dtype for each in tensors if each.is_floating_point()} - {torch.float32}
-        if len(dtypes) > 1 or (dtypes and any(each.dtype == torch.float32 for each in tensors)):
-            raise unknown("module", "parameters of several dtypes", "Give them one.")
-        places = [f'"{self._compiled.device}"'] if self._compiled.device.type != "cpu" else []
-        arguments = ", ".join([*places, *(str(dtype) for dtype in dtypes)])
-        return f"module.to({arguments})" if arguments else ""
 
     def _import_lines(self, body: str) -> str:
         flat = body.replace("\n", " ")
