@@ -16,6 +16,8 @@ source_suffix = {".md": "markdown"}
 html_theme = "furo"
 html_title = f"fitkit {version}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 # Headings can be linked to as on a code host: callbacks.md#early-stopping.
 myst_heading_anchors = 3

@@ -80,9 +80,9 @@ fixed_noise = torch.randn(1000, 8)
 
 model = AdversarialModel(Adversaries())
 model.compile(model.improve_generator)  # Which one does not matter: the step trains by itself.
-history = model.fit(points, batch_size=128, epochs=40, callbacks=[Coverage()], verbose=0)
+history = model.fit(points, batch_size=128, epochs=30, callbacks=[Coverage()], verbose=0)
 
-for epoch in [*range(0, 40, 8), 39]:
+for epoch in [*range(0, 30, 6), 29]:
     row = {key: history[key][epoch] for key in history}
     print(
         f"epoch {epoch + 1:2}: judging {row['judging']:.3f}, making {row['making']:.3f}, {row['blobs']:.0f} of 8 blobs "
