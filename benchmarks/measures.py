@@ -170,6 +170,8 @@ def in_child(kind: str, workload: Workload, name: str) -> float:
 
 def last_line(command: Sequence[str]) -> str:
     environment = {**os.environ, "KERAS_BACKEND": "torch"}
+    # Nobody else compiles what is imported at each start anew.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     run = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_TIMEOUT, check=False, env=environment)
     if run.returncode != 0:
         raise RuntimeError(run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no message")

@@ -5,6 +5,7 @@ This is the lowest floor; it imports nothing of fitkit.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -54,3 +55,7 @@ class ModelProtocol(Protocol):
 
     @property
     def metrics_names(self) -> list[str]: ...
+
+    def save(self, path: str | os.PathLike[str]) -> None: ...
+
+    def save_weights(self, path: str | os.PathLike[str]) -> None: ...

@@ -9,6 +9,7 @@ What a training state consists of is not known here.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import os
@@ -77,7 +78,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        # Where the folder itself has gone, so has the file.
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
     _sync_folder(folder)
 
@@ -153,7 +156,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     state = _from_safetensors(path) if _is_safetensors(path) else _read_archive(path, "weights")
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"{os.fspath(path)} holds no state_dict but {show(state)}.")
-    _fill(module, state, path)
+    fill(module, state, path)
 
 
 # Writing
@@ -285,7 +288,17 @@ def _is_intact(file: BinaryIO) -> bool:
 # Filling a module
 
 
-def _fill(module: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+def fill(module: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Gives the module a state_dict, or leaves it as it was.
+
+    Args:
+        module: the module to fill.
+        state: names and values.
+        path: the file that it came from, for the message.
+
+    Raises:
+        CheckpointError: a name or shape does not fit.
+    """
     own = module.state_dict(keep_vars=True)
     state = _with_shared_names(state, own)
     problems = _problems(state, own)
@@ -303,6 +316,18 @@ def _fill(module: nn.Module, state: Mapping[str, Any], path: Path) -> None:
     except Exception as error:
         module.load_state_dict(before)
         raise CheckpointError(message) from error
+
+
+def check_fits(module: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Refuses a state_dict that does not fit the module by name and shape, and changes nothing.
+
+    Raises:
+        CheckpointError: a name or shape does not fit.
+    """
+    own = module.state_dict(keep_vars=True)
+    problems = _problems(_with_shared_names(state, own), own)
+    if problems:
+        raise CheckpointError(f"{os.fspath(path)} does not fit the module, which is left as it was. {problems}")
 
 
 def _with_shared_names(state: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:

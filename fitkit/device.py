@@ -114,6 +114,30 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
         sys.modules["numpy"].random.set_state(state["numpy"])
 
 
+def plain_random_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What `random_state` gave as tensors and plain values, for a file that can run no code."""
+    version, internal, gauss = state["python"]
+    plain = {"python": [version, torch.tensor(internal), gauss], "torch": state["torch"], "device": state.get("device")}
+    if "numpy" in state:
+        name, keys, *rest = state["numpy"]
+        plain["numpy"] = [str(name), torch.tensor(keys.tolist()), *rest]
+    return plain
+
+
+def random_state_of(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What `random_state` gave, from what `plain_random_state` made of it."""
+    version, internal, gauss = plain["python"]
+    state = {"python": (version, tuple(internal.tolist()), gauss), "torch": plain["torch"]}
+    if plain["device"] is not None:
+        state["device"] = plain["device"]
+    if "numpy" in plain:
+        import numpy as np
+
+        name, keys, *rest = plain["numpy"]
+        state["numpy"] = (name, np.array(keys.tolist(), dtype=np.uint32), *rest)
+    return state
+
+
 @contextmanager
 def kept_random_state(device: torch.device) -> Iterator[None]:
     """Leaves every generator as it was: what runs inside does not change what training draws next."""
@@ -130,6 +154,22 @@ def copy_back(tensors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         for tensor, value in tensors:
             if not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
                 tensor.copy_(value)
+
+
+def get_modes(module: nn.Module) -> dict[str, list[bool]]:
+    """Which submodules are in train mode and which parameters are trainable, in the module's order."""
+    return {
+        "training": [child.training for child in module.modules()],
+        "trainable": [parameter.requires_grad for parameter in module.parameters()],
+    }
+
+
+def set_modes(module: nn.Module, modes: Mapping[str, Sequence[bool]], *, also_training: bool) -> None:
+    """Puts back what `get_modes` gave; without also_training only which parameters are trainable."""
+    for child, training in zip(module.modules(), modes["training"], strict=True):
+        child.training = training if also_training else child.training
+    for parameter, trainable in zip(module.parameters(), modes["trainable"], strict=True):
+        parameter.requires_grad_(trainable)
 
 
 @contextmanager

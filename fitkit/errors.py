@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,6 +37,15 @@ class CheckpointError(ValueError):
 
     The message names the path and the reason. What was to be filled from the file is unchanged.
     """
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Adds a line below an error's message, where tracebacks show it; the error stays the same object."""
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    elif error.args and isinstance(error.args[0], str):
+        # Before Python 3.11 tracebacks know no notes. Most errors make their message of their arguments.
+        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
 
 
 def show(value: object) -> str:

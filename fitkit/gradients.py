@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,24 @@ class GradientNorms:
         if self._sum is None:
             return {}
         return dict(zip(self.names, (self._sum / self._steps).unbind(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms of the epoch so far."""
+        return {"names": list(self.names), "last": self.last, "sum": self._sum, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the state was made.
+
+        Raises:
+            ValueError: the state is of other norms.
+        """
+        if list(state["names"]) != self.names:
+            raise ValueError(f"Expected the norms {self.names[0]} and so on, received {state['names'][0]} and so on.")
+        device = self._parameters[0].device if self._parameters else torch.device("cpu")
+        self.last, self._sum, self._steps = (
+            value.to(device) if isinstance(value, Tensor) else value
+            for value in (state["last"], state["sum"], state["steps"])
+        )
 
     def clip_total(self, norms: Tensor) -> Tensor | None:
         """The total that clipping by the 2-norm can use; None for another order."""

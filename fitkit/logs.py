@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -137,6 +137,35 @@ class Mean:
         self._flush()
         return torch.full((), -1, device=self._device) if self._first_bad is None else self._first_bad
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that is kept. What waits goes on waiting: a save moves no sum's last digit."""
+        alike = len({value.dtype for value in self._values}) == 1
+        return {
+            "adds_up": self._adds_up,
+            "values": torch.stack(self._values) if alike else list(self._values),
+            "weights": list(self._weights),
+            "indices": list(self._indices),
+            "sum": self._sum,
+            "host_weight": self._host_weight,
+            "weight": self._weight,
+            "first_bad": self._first_bad,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the state was made."""
+        self._adds_up = state["adds_up"]
+        self._values = [value.to(self._device) for value in state["values"]]
+        self._weights = [_on(self._device, weight) for weight in state["weights"]]
+        self._indices = list(state["indices"])
+        self._sum = _on(self._device, state["sum"])
+        self._host_weight = state["host_weight"]
+        self._weight = _on(self._device, state["weight"])
+        self._first_bad = _on(self._device, state["first_bad"])
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
 
 @final
 class Tally:
@@ -163,6 +192,16 @@ class Tally:
     def values(self) -> dict[str, Tensor]:
         """Every mean so far, as 0-d tensors on the device."""
         return {name: mean.value() for name, mean in self.means.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every mean's state by its name."""
+        return {name: mean.state_dict() for name, mean in self.means.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the state was made."""
+        self.reset()
+        for name, kept in state.items():
+            self.mean(name).load_state_dict(kept)
 
 
 def read(values: Mapping[str, Tensor]) -> dict[str, float]:

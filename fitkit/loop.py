@@ -32,7 +32,8 @@ What a run does, in order (indices are 0-based; a hook that no callback implemen
         on_predict_end()
 
 The loop knows the order of things and when to stop. What happens to a batch is in steps.py, where batches come from
-in data/, what callbacks do in callbacks/.
+in data/, what callbacks do in callbacks/. A fit that goes on from a file (training_state.py) enters its first epoch at
+the stage at which the file was saved.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ from fitkit.callbacks import EarlyStopping
 from fitkit.callbacks.hooks import HookTable, finish
 from fitkit.data import EpochPlan
 from fitkit.device import kept_modes, kept_random_state
-from fitkit.errors import NonFiniteLossError
+from fitkit.errors import NonFiniteLossError, add_note
 from fitkit.flags import TrainingFlags
 from fitkit.steps import PredictStep, TestStep, TrainStep
+from fitkit.training_state import Progress
 
 Hook = Callable[..., Any]
 
@@ -99,7 +101,10 @@ class PredictRun:
 
 @dataclass(frozen=True)
 class FitRun:
-    """One fit: the training step, what takes a batch to it, the validation if there is one, who listens, the flags."""
+    """One fit: the training step, what takes a batch to it, the validation if there is one, who listens, the flags.
+
+    Where it is, and how it goes on from a file, is its progress.
+    """
 
     model: ModelProtocol
     step: TrainStep
@@ -109,39 +114,48 @@ class FitRun:
     take_batch: Step
     validation: TestRun | None
     callbacks: Sequence[Any]
+    progress: Progress
 
 
 def fit(run: FitRun) -> None:
     """Trains; the numbers go to the callbacks, of which the model's History is one."""
-    model, hooks, flags, step = run.model, run.hooks, run.flags, run.step
-    logs: dict[str, float] = {}
+    model, hooks, flags, step, progress = run.model, run.hooks, run.flags, run.step, run.progress
     with kept_modes(model.module):
-        with _counted(), _reported_errors(hooks, model), _released(step):
+        with _counted(), _reported_errors(hooks, model), _located_errors(run), _released(step):
             # A root module in eval mode is one that nobody prepared; a submodule in eval mode is a frozen one.
             if not model.module.training:
                 model.module.train()
             for hook in hooks.on_train_begin:
                 hook({})
-            for epoch in range(flags.initial_epoch, flags.last_epoch):
-                if model.stop_training:
-                    break
-                for hook in hooks.on_epoch_begin:
-                    hook(epoch, {})
-                step.begin_epoch(flags.window(epoch), run.batches.length)
-                with contextlib.closing(run.batches.epoch()) as batches:
-                    run_batches(batches, run.take_batch, hooks.on_train_batch_begin, hooks.on_train_batch_end, model)
-
-                # The only read of the training's numbers; each is a plain float from here on.
-                logs, first_bad = step.epoch_logs()
-                _judge_losses(logs["loss"], first_bad, epoch, run)
-                if run.validation is not None and flags.validates(epoch):
+            # A run that goes on from a file may begin at any stage of an epoch.
+            progress.restore()
+            for epoch in range(progress.epoch, flags.last_epoch):
+                if progress.stage == "begin":
+                    if model.stop_training:
+                        break
+                    for hook in progress.begin_hooks(hooks.on_epoch_begin):
+                        hook(epoch, {})
+                    step.begin_epoch(flags.window(epoch), run.batches.length)
+                    progress.move_on("train")
+                if progress.stage == "train":
+                    before, after = hooks.on_train_batch_begin, hooks.on_train_batch_end
+                    with contextlib.closing(run.batches.epoch()) as batches:
+                        run_batches(batches, run.take_batch, before, after, model, run.batches.given)
+                    # The only read of the training's numbers; each is a plain float from here on.
+                    logs, first_bad = step.epoch_logs()
+                    _judge_losses(logs["loss"], first_bad, epoch, run)
+                    progress.move_on("validate", logs)
+                if progress.stage == "validate" and run.validation is not None and flags.validates(epoch):
+                    progress.begin_validation()
                     with kept_random_state(model.device):
                         validated = evaluate(run.validation)
-                    logs.update({f"val_{name}": value for name, value in validated.items()})
-                for hook in hooks.on_epoch_end:
-                    hook(epoch, logs)
+                    progress.logs.update({f"val_{name}": value for name, value in validated.items()})
+                progress.move_on("end")
+                for hook in progress.end_hooks(hooks.on_epoch_end):
+                    hook(epoch, progress.logs)
+                progress.move_on("begin")
             model.history.stop_reason = model.history.stop_reason or _stop_reason(run)
-        finish(hooks.on_train_end, logs)
+        finish(hooks.on_train_end, progress.logs)
 
 
 def evaluate(run: TestRun) -> dict[str, float]:
@@ -173,10 +187,15 @@ def predict(run: PredictRun) -> list[Any]:
 
 
 def run_batches(
-    batches: Iterator[Any], step: Step, before: list[Hook], after: list[Hook], stoppable: ModelProtocol | None = None
+    batches: Iterator[Any],
+    step: Step,
+    before: list[Hook],
+    after: list[Hook],
+    stoppable: ModelProtocol | None = None,
+    first: int = 0,
 ) -> None:
-    """The batch loop: hooks, step, hooks; ends early when a training is told to stop."""
-    for index, batch in enumerate(batches):
+    """The batch loop: hooks, step, hooks; ends early when a training is told to stop. It counts from first."""
+    for index, batch in enumerate(batches, first):
         for hook in before:
             hook(index, {})
         step(batch, index)
@@ -204,6 +223,25 @@ def _reported_errors(hooks: HookTable, model: ModelProtocol) -> Iterator[None]:
             yield
     except BaseException as error:
         model.history.stop_reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
+        raise
+
+
+@contextlib.contextmanager
+def _located_errors(run: FitRun) -> Iterator[None]:
+    """Adds to an error where in the run it came up."""
+    try:
+        yield
+    except NonFiniteLossError:
+        raise  # it says so by itself
+    except Exception as error:
+        epoch, plan = run.progress.epoch, run.batches
+        place = f"epoch {epoch + 1} (index {epoch})"
+        if run.progress.stage == "validate" and run.validation is not None:
+            place, plan = f"the validation of {place}", run.validation.batches
+        if run.progress.stage in ("train", "validate"):
+            batch = plan.given if plan.failed else max(plan.given - 1, 0)
+            place += f", batch {batch + 1} (index {batch})"
+        add_note(error, f"This came up in {place}.")
         raise
 
 

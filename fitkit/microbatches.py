@@ -6,6 +6,7 @@ whole batch, apart from what a module computes over a batch itself (BatchNorm's 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -85,6 +86,14 @@ class FittingParts:
             else:
                 waiting = [part for larger in waiting for part in self._split(larger)]
         self._step.end_batch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The size that fits, as far as it is known."""
+        return {"size": self.size}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begins with a size that was found before."""
+        self.size = state["size"]
 
     def _split(self, batch: Any) -> list[Any]:
         return [batch] if self.size is None else batches_of.split(batch, self.size)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from fitkit import loop
 from fitkit.batch import join, unpack
-from fitkit.callbacks import Callback, EarlyStopping, ProgressBar
+from fitkit.callbacks import BackupAndRestore, Callback, EarlyStopping, ProgressBar
 from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
 from fitkit.callbacks.monitor import MonitorCallback
-from fitkit.checkpoints import load_weights, save_weights
+from fitkit.checkpoints import load_weights, save_state, save_weights
 from fitkit.computation import ClassWeight, Compiled, total_loss
 from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
 from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device, room_for_data
@@ -31,11 +31,12 @@ from fitkit.gradients import kept_gradients, norm_names
 from fitkit.history import History
 from fitkit.learning_rate_finder import LearningRateCurve, RangeTest, undone
 from fitkit.metrics import CompiledMetrics
-from fitkit.microbatches import report_size, split_by
+from fitkit.microbatches import FittingParts, report_size, split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import summarize, summarize_remembered
+from fitkit.training_state import Progress, check_model, model_state, read_training_state, restore_model
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -78,7 +79,9 @@ class Model:
         self.history = History()
         self.stop_training = False
         self._compiled: Compiled | None = None
-        self._is_fitting = False
+        # Where a fit is, while one runs; and what a file says of the latest one after it.
+        self._progress: Progress | None = None
+        self._ended: Callable[[], dict[str, Any] | None] = _nothing
         self._latest_input: Any = None
 
     @property
@@ -207,6 +210,7 @@ class Model:
         overfit_pct: float = 0.0,
         micro_batch_size: int | str | None = None,
         on_nonfinite: str = "raise",
+        resume_from: str | os.PathLike[str] | None = None,
         dataloader_options: Mapping[str, Any] | None = None,
     ) -> History:
         """Trains the module.
@@ -248,20 +252,25 @@ class Model:
             micro_batch_size: samples that go through the module at a time; a larger batch is split, for the same step.
                 "auto" halves the parts whenever memory runs out. None does not split.
             on_nonfinite: "raise" a NonFiniteLossError when an epoch's loss is NaN or infinite, "stop" or "ignore".
+            resume_from: a file of `save`, `ModelCheckpoint` or `BackupAndRestore`; the run goes on from there to the
+                last epoch asked for now, as if it had not stopped. The module and the optimizer are made and compiled
+                as they were, the data is the same. What was passed to callbacks may differ; initial_epoch is not
+                looked at.
             dataloader_options: for a Dataset, what its DataLoader is made with beside batch size and order, such as
                 {"num_workers": 4, "collate_fn": join}; None is torch's defaults. Workers stay from epoch to
                 epoch. Validation data that is a Dataset is loaded so too, all of it (``drop_last`` is for training).
 
         Returns:
-            The History, which is also `history`.
+            The History, which is also `history`; of a resumed run with the epochs before.
 
         Raises:
             ValueError: arguments out of range or in conflict, data that does not fit, a monitor that cannot appear.
             TypeError: arguments of a wrong type.
             NonFiniteLossError: a training loss was not finite (a FloatingPointError).
+            CheckpointError: the file to resume from is damaged, or of a run with other numbers (a ValueError).
         """
         compiled = self._require_compiled()
-        if self._is_fitting:
+        if self._progress is not None:
             raise ValueError("fit(...) was called from within a fit of the same Model. Use train_on_batch there.")
         flags = TrainingFlags(
             epochs=epochs,
@@ -284,9 +293,8 @@ class Model:
         batching = self._batching(batch_size, shuffle, training=True, loader_options=dataloader_options)
         validating = self._validation_batching(batching, validation_batch_size)
         training, held_out = as_split_batches(data, y, sample_weight, batching, validation_split, validating.batch_size)
-        if held_out is not None and validation_data is not None:
-            raise ValueError(f"{validation_split=} and validation_data=... exclude each other. Pass one of them.")
-        training, held_out = self._sources(training, held_out, validation_data, validating)
+        held_out = _validation_batches(validation_data, held_out, validating, validation_split)
+        training, held_out = self._kept_on_device(training, held_out)
         step = TrainStep(
             compiled,
             self._overridden("training_step"),
@@ -295,7 +303,7 @@ class Model:
             norm_order=float(flags.track_grad_norm),
             owns_batches=training.owned,
         )
-        batches = _training_plan(training, flags)
+        batches = _training_plan(training, flags, self.device)
         level = resolve_verbose(verbose)
         validation_plan = _validation_plan(held_out, flags, validation_batch_size)
         measured = held_out is not None and any(map(flags.validates, range(flags.initial_epoch, flags.last_epoch)))
@@ -305,27 +313,20 @@ class Model:
         self._check_parts(training, "data", class_weight)
         self._check_parts(held_out, "validation_data")
 
-        params = {
-            "epochs": flags.last_epoch,
-            "initial_epoch": flags.initial_epoch,
-            "steps": batches.length,
-            "validation_steps": None if validation_plan is None else validation_plan.length,
-            "min_nb_epochs": flags.min_nb_epochs,
-            "verbose": level,
-        }
-        self.history = History()
-        self.history.params = params
-        hooks = self._hooks(chosen, params, self.history)
+        params = _params(flags, batches, validation_plan, level)
+        hooks = self._hooks(chosen, params, history := History())
+        parts = split_by(flags, step)
+        facts = _facts(flags, batches, validation_plan, class_weight, compiled)
+        sizes = parts if isinstance(parts, FittingParts) else None
+        noted = type(self) is not Model or not all(isinstance(each, EarlyStopping) for each in chosen)
+        progress = Progress(self, compiled, flags, facts, step, sizes, batches, validation_plan, chosen, hooks, noted)
+        progress.saved = self._saved_state(resume_from, chosen, progress)
         validation = None
         if validation_plan is not None:
             validation = loop.TestRun(self, self._test_step(compiled, held_out), validation_plan, hooks)
-        self.stop_training = False
-        self._is_fitting = True
-        run = loop.FitRun(self, step, batches, hooks, flags, split_by(flags, step), validation, chosen)
-        try:
-            loop.fit(run)
-        finally:
-            self._after_fit(run)
+        self.history, history.params = history, params
+        with self._fitting(progress, parts):
+            loop.fit(loop.FitRun(self, step, batches, hooks, flags, parts, validation, chosen, progress))
         return self.history
 
     def evaluate(
@@ -456,7 +457,7 @@ class Model:
         """
         compiled = self._require_compiled()
         test = RangeTest(start, end, steps)
-        if self._is_fitting:
+        if self._progress is not None:
             raise ValueError("find_learning_rate(...) was called from within a fit of the same Model. Call it before.")
         batches = as_batches(data, y, sample_weight, self._batching(batch_size, None, training=True))
         # An epoch has one batch at least; the test ends the run by itself.
@@ -633,6 +634,47 @@ class Model:
         else:
             print_fn(summarize_remembered(self.module, self._latest_input, depth=depth))
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the whole training state, as a whole or not at all.
+
+        That is the module's state, the optimizer's, the history and the random state; in a callback of a fit also
+        where the run is. `load` reads it, and ``fit(resume_from=path)`` goes on from it. Optimizers, schedulers and
+        modules that a subclass keeps as attributes are part of it; what a module keeps outside of its state_dict is
+        not.
+
+        Args:
+            path: where to.
+
+        Raises:
+            ValueError: not compiled; or called in a fit before a batch's step or in its midst.
+            TypeError: a state holds something that no file can be trusted with; the message says where.
+            OSError: the file cannot be written; what was there before is intact.
+        """
+        compiled = self._require_compiled()
+        if self._progress is not None:
+            save_state(path, self._progress.state_dict())
+        else:
+            save_state(path, {**model_state(self, compiled), "run": self._ended()})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Reads weights, optimizer and history from a file of `save`; a fit after it trains all its epochs.
+
+        Args:
+            path: where from.
+
+        Raises:
+            ValueError: not compiled, or called in a fit; or the file is damaged, or of another module, optimizer or
+                precision. The Model is unchanged then.
+        """
+        compiled = self._require_compiled()
+        if self._progress is not None:
+            raise ValueError("load(...) was called from within a fit of the same Model. Use fit(resume_from=...).")
+        state = read_training_state(path)
+        check_model(self, compiled, state, path)
+        restore_model(self, compiled, state, path)
+        run = state["run"]
+        self._ended = lambda: run
+
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Writes the module's state_dict, as a whole or not at all; a ``.safetensors`` path uses safetensors.
 
@@ -719,12 +761,8 @@ class Model:
             default_size=batching.size,
         )
 
-    def _sources(
-        self, training: Batches, held_out: Batches | None, validation_data: Any, validating: Batching
-    ) -> tuple[Batches, Batches | None]:
-        """What is trained and validated on, kept on the device where there is room for it."""
-        if validation_data is not None:
-            held_out = as_batches(validation_data, None, None, validating)
+    def _kept_on_device(self, training: Batches, held_out: Batches | None) -> tuple[Batches, Batches | None]:
+        """What is trained and validated on, on the device where there is room for it."""
         room = room_for_data(self.device) // 2
         return training.kept_on(self.device, room), None if held_out is None else held_out.kept_on(self.device, room)
 
@@ -798,12 +836,6 @@ class Model:
             callback.set_params(params)
         return HookTable([*listeners, *more, *bars])
 
-    def _after_fit(self, run: loop.FitRun) -> None:
-        """What remains of a run, however it ended: what a batch looked like, and how batches were split."""
-        self._is_fitting = False
-        self._latest_input = run.step.latest_input
-        report_size(run.take_batch, self.history.params)
-
     def _may_enlarge(self, step: str, callbacks: Any) -> bool:
         """Whether nothing would notice batches of another size: no step or callback of the user's, no function."""
         if callbacks or self._overridden(step) is not None:
@@ -812,6 +844,37 @@ class Model:
         if step == "predict_step":
             return True
         return losses is not None and losses.are_means_over_data and metrics is not None and metrics.are_means_over_data
+
+    def _saved_state(self, resume_from: Any, callbacks: Sequence[Callback], progress: Progress) -> Any:
+        """The state to go on from and its path, checked; None for a run from the beginning."""
+        path = resume_from
+        for callback in callbacks:
+            if isinstance(callback, BackupAndRestore):
+                path = callback.find() or path
+        if path is None:
+            return None
+        if isinstance(path, bool) or not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"Expected a path, received resume_from={show(path)}.")
+        state = read_training_state(path)
+        progress.check(state, path)
+        return state, path
+
+    @contextmanager
+    def _fitting(self, progress: Progress, parts: object) -> Iterator[None]:
+        """While the fit runs, a save is one of its state; afterwards of how it ended. Says what the run has found."""
+        self.stop_training = False
+        self._progress = progress
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._progress = None
+            self._ended = progress.ended(error)
+            self._latest_input = progress.step.latest_input
+            report_size(parts, self.history.params)
 
     @contextmanager
     def _listeners(self, callbacks: Any, verbose: int | str, plan: EpochPlan) -> Iterator[HookTable]:
@@ -858,19 +921,65 @@ def _joined(outputs: list[Any]) -> Any:
     return joined
 
 
+def _nothing() -> None:
+    """There was no fit yet."""
+
+
+def _params(flags: TrainingFlags, batches: EpochPlan, validation: EpochPlan | None, verbose: int) -> dict[str, Any]:
+    """The facts about a fit that callbacks are told."""
+    return {
+        "epochs": flags.last_epoch,
+        "initial_epoch": flags.initial_epoch,
+        "steps": batches.length,
+        "validation_steps": None if validation is None else validation.length,
+        "min_nb_epochs": flags.min_nb_epochs,
+        "verbose": verbose,
+    }
+
+
+def _facts(
+    flags: TrainingFlags, batches: EpochPlan, validation: EpochPlan | None, class_weight: Any, compiled: Compiled
+) -> dict[str, Any]:
+    """What the numbers of a fit depend on, by the name that a user knows it by; a resumed run must have the same."""
+    validating = {} if validation is None else validation.facts()
+    return {
+        **batches.facts(),
+        **{f"validation data: {name}": value for name, value in validating.items()},
+        "accumulate_grad_batches": flags.accumulate_grad_batches,
+        "gradient_clip_val": float(flags.gradient_clip_val),
+        "track_grad_norm": float(flags.track_grad_norm),
+        "train_percent_check": float(flags.train_percent_check),
+        "val_percent_check": float(flags.val_percent_check),
+        "overfit_pct": float(flags.overfit_pct),
+        "class_weight": class_weight and {int(key): float(value) for key, value in class_weight.items()},
+        "precision": compiled.precision,
+        "metrics": list(compiled.metrics.names),
+    }
+
+
+def _validation_batches(
+    validation_data: Any, held_out: Batches | None, batching: Batching, validation_split: float
+) -> Batches | None:
+    if validation_data is None:
+        return held_out
+    if held_out is not None:
+        raise ValueError(f"{validation_split=} and validation_data=... exclude each other. Pass one of them.")
+    return as_batches(validation_data, None, None, batching)
+
+
 def _plan(batches: Batches, steps: int | None) -> EpochPlan:
     if steps is not None:
         check_integer("steps", steps, least=1)
     return EpochPlan(batches, steps, "data", "steps")
 
 
-def _training_plan(batches: Batches, flags: TrainingFlags) -> EpochPlan:
+def _training_plan(batches: Batches, flags: TrainingFlags, device: torch.device) -> EpochPlan:
     fraction, name = flags.train_percent_check, "train_percent_check"
     if flags.overfit_pct:
         fraction, name = flags.overfit_pct, "overfit_pct"
         batches = batches.in_order()
     limit = _limit(batches, flags.steps_per_epoch, fraction, name, "steps_per_epoch")
-    plan = EpochPlan(batches, limit, "data", "steps_per_epoch")
+    plan = EpochPlan(batches, limit, "data", "steps_per_epoch", device=device)
     plan.check_epochs(flags.last_epoch - flags.initial_epoch)
     return plan
 

@@ -65,6 +65,30 @@ class Numbers:
         if self.norms is not None:
             self.norms.reset()
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that is kept; making it changes nothing."""
+        norms = None if self.norms is None else self.norms.state_dict()
+        return {
+            "tally": self.tally.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "last": self.last,
+            "norms": norms,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the state was made.
+
+        Raises:
+            ValueError: the state is of other numbers.
+        """
+        if (self.norms is None) != (state["norms"] is None):
+            raise ValueError("Expected a state with gradient norms where they are tracked, and only there.")
+        self.tally.load_state_dict(state["tally"])
+        self.metrics.load_state_dict(state["metrics"])
+        self.last = None if state["last"] is None else state["last"].to(self.compiled.device)
+        if self.norms is not None:
+            self.norms.load_state_dict(state["norms"])
+
     def add(self, outcome: Outcome, index: int) -> None:
         """Takes one batch in, or a part of it; index is the batch's."""
         if self.several is None:

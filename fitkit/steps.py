@@ -60,6 +60,8 @@ class TrainStep:
         self._by_hand = False
         self._latest: Any = None
         self.latest_input: Any = None
+        # Of the latest batch in the epoch; -1 before the first.
+        self.index = -1
         self.begin_epoch(1, None)
 
     def begin_epoch(self, batches_per_step: int, length: int | None) -> None:
@@ -71,6 +73,7 @@ class TrainStep:
         """
         self._batches_per_step = batches_per_step
         self._length = length
+        self.index = -1
         self._held = held_parameters(self._compiled)
         self._stepped = optimizer_parameters(self._compiled)
         if self._norm_order != -1:
@@ -114,6 +117,7 @@ class TrainStep:
         # Numbers stay on the device.
         self.numbers.add(outcome, index)
         self._latest = batch
+        self.index = index
 
     def _has_gradient(self, outcome: Outcome) -> bool:
         """Whether there is something to go backward from; not after a step of the user's that trained by itself."""
@@ -194,6 +198,30 @@ class TrainStep:
             return batches_of.described(batches_of.unpack(latest)[0])
         except (TypeError, RuntimeError):  # an object of another library, or a tensor without a plain shape
             return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next batch of the epoch depends on: the running numbers, and an open window with its gradients."""
+        # Between two windows gradients are about to be cleared; those of a step of the user's own are the user's.
+        kept = self._by_hand or not self._window.is_complete
+        return {
+            "index": self.index,
+            "by_hand": self._by_hand,
+            "window": self._window.state_dict(),
+            "gradients": [parameter.grad for parameter in self._held] if kept else None,
+            "numbers": self.numbers.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the state was made; called after `begin_epoch`.
+
+        Raises:
+            ValueError: the state is of other numbers or parameters.
+        """
+        self.index, self._by_hand = state["index"], state["by_hand"]
+        self._window.load_state_dict(state["window"], self.device)
+        for parameter, gradient in zip(self._held, state["gradients"] or [None] * len(self._held), strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        self.numbers.load_state_dict(state["numbers"])
 
     def _update(self) -> None:
         """One optimizer step: unscale, norm, clip, step."""

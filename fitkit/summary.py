@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
@@ -90,6 +89,9 @@ def summarize(module: nn.Module, input_data: Any = None, *, depth: int = 3) -> s
     if forward is None:
         rows, headers = [[row[0], *row[2:]] for row in rows], [headers[0], *headers[2:]]
     align = ["right" if header == "Parameters" else "left" for header in headers]
+    # Where wcwidth is installed, as IPython brings it, tabulate takes a tenth of the time of torch to import.
+    from tabulate import tabulate
+
     table = tabulate(rows, headers, disable_numparse=True, colalign=align).replace(INDENT, " ")
     return "\n".join([table, "", *_totals(module, forward)])
 

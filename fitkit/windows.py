@@ -8,7 +8,7 @@ is looked at before its turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from fitkit.device import sum_dtype
 from fitkit.losses import Part, Weight
 from fitkit.output_losses import OutputLosses
+
+# What a window holds beside its size, and what it is at its start.
+_KEPT = ("taken", "batches_left", "expected", "actual", "ratios", "gradients")
 
 
 @final
@@ -76,6 +79,19 @@ class Window:
     def restore(self, state: dict[str, Any]) -> None:
         """Comes back to a state."""
         vars(self).update(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window as plain values and tensors, for a file."""
+        kept = {name: getattr(self, f"_{name}") for name in _KEPT}
+        return {**kept, "size": self.size, "holds_something": self.holds_something}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Comes back to what `state_dict` returned, with its tensors on the device."""
+        for name in _KEPT:
+            setattr(self, f"_{name}", _on(device, state[name]))
+        self.size, self.holds_something = state["size"], state["holds_something"]
+        self.is_complete = self._batches_left <= 0
+        self.is_separate = self._outputs_differ and self.size > 1
 
     def end_batch(self) -> None:
         """Counts a batch, all of whose parts have been taken."""
@@ -176,6 +192,12 @@ class Window:
         if isinstance(actual, Tensor):
             return torch.where(actual > 0, expected / actual, torch.zeros_like(actual))
         return expected / actual if actual else 0.0
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return [_on(device, item) for item in value] if isinstance(value, list) else value
 
 
 def _multiply(gradients: Sequence[Tensor | None], factor: Weight) -> None:

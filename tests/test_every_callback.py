@@ -64,6 +64,10 @@ def tensorboard() -> Callback:
 
 # How each is made, at least once; a new callback is to be added here.
 MAKERS: dict[str, list[Callable[[], Callback]]] = {
+    "BackupAndRestore": [
+        lambda: callbacks.BackupAndRestore("backup"),
+        lambda: callbacks.BackupAndRestore("backup", save_freq=1),
+    ],
     "CSVLogger": [lambda: callbacks.CSVLogger("log.csv"), lambda: callbacks.CSVLogger("log.csv", append=True)],
     "Callback": [Callback],
     "EarlyStopping": [lambda: callbacks.EarlyStopping("loss", restore_best_weights=True)],
@@ -75,6 +79,10 @@ MAKERS: dict[str, list[Callable[[], Callback]]] = {
     "LambdaCallback": [lambda: callbacks.LambdaCallback(on_epoch_end=print)],
     "LearningRateScheduler": [lambda: callbacks.LearningRateScheduler(halved)],
     "MLflowLogger": [mlflow_logger],
+    "ModelCheckpoint": [
+        lambda: callbacks.ModelCheckpoint("{epoch}.pt"),
+        lambda: callbacks.ModelCheckpoint("best.pt", "loss", save_best_only=True, save_last=True),
+    ],
     "ProgressBar": [callbacks.ProgressBar],
     "ReduceLROnPlateau": [lambda: callbacks.ReduceLROnPlateau("loss", patience=1)],
     "SwapEMAWeights": [callbacks.SwapEMAWeights, lambda: callbacks.SwapEMAWeights(swap_on_epoch=True)],

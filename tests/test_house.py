@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import graphlib
 import inspect
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ FLOORS = [
     {"__init__"},
     {"model"},
     {"loop", "microbatches", "learning_rate_finder"},
+    {"training_state"},
     {"steps", "callbacks"},
     {"numbers"},
     {"computation"},
@@ -29,7 +32,7 @@ FLOORS = [
     {"output_losses"},
     {"data", "metrics", "losses", "optimization", "gradients"},
     {"history", "logs", "summary"},
-    {"batch", "checkpoints", "device", "distributed", "flags"},
+    {"batch", "checkpoints", "device", "distributed", "durations", "flags"},
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.
@@ -137,6 +140,13 @@ def test_every_public_name_has_a_docstring(package: types.ModuleType) -> None:
 
 def test_no_file_has_a_name_that_says_nothing() -> None:
     assert not {part for name in MODULES for part in name.split(".")} & FORBIDDEN_NAMES
+
+
+def test_importing_fitkit_imports_nothing_heavy() -> None:
+    heavy = {"matplotlib", "pandas", "safetensors", "scipy", "sklearn", "tabulate", "tensorboard", "torchmetrics"}
+    code = f"import sys, torch; known = set(sys.modules); import fitkit; print(({heavy} & set(sys.modules)) - known)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
 
 
 def test_there_is_one_loop_over_batches() -> None:

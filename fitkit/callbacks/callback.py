@@ -42,6 +42,8 @@ class Callback:
         params: facts about the run; set before the first hook, empty until then. In a fit: "epochs" (the index
             before which training ends), "initial_epoch", "steps" and "validation_steps" (batches an epoch, None
             when unknown), "min_nb_epochs", "verbose" (0, 1 or 2). In evaluate and predict: "steps", "verbose".
+        has_stopped: whether it ended the latest run by a verdict of its own, which it gives anew when the run goes on
+            from a file.
 
     Example:
         >>> class PrintLoss(Callback):
@@ -56,9 +58,15 @@ class Callback:
 
     model: ModelProtocol
     params: dict[str, Any]
+    has_stopped: bool = False
 
     def __init__(self) -> None:
         self.params = {}
+
+    @property
+    def state_key(self) -> str:
+        """Under which the state is kept in a file: found again when callbacks are added, left out or reordered."""
+        return type(self).__name__
 
     def set_model(self, model: ModelProtocol) -> None:
         """Called with the Model before a run's first hook."""

@@ -76,6 +76,7 @@ class EarlyStopping(MonitorCallback):
 
     def _reset(self) -> None:
         self.stopped_epoch: int | None = None
+        self.has_stopped = False
         self.best: float | None = None
         self.best_epoch: int | None = None
         self.wait = 0
@@ -97,11 +98,14 @@ class EarlyStopping(MonitorCallback):
                 self._best_weights = _copy_weights(self.model.module)
             if self.baseline is None or self.is_improvement(value, self.baseline):
                 self.wait = 0
-        if self.wait >= max(self.patience, 1) and epoch + 1 >= self.params.get("min_nb_epochs", 1):
+        if self._is_over(epoch):
             self._stop(epoch)
 
+    def _is_over(self, epoch: int) -> bool:
+        return self.wait >= max(self.patience, 1) and epoch + 1 >= self.params.get("min_nb_epochs", 1)
+
     def _stop(self, epoch: int) -> None:
-        self.stopped_epoch = epoch
+        self.stopped_epoch, self.has_stopped = epoch, True
         self.model.stop_training = True
         if self.verbose:
             goal = self.best if self.baseline is None else self.baseline
@@ -138,10 +142,13 @@ class EarlyStopping(MonitorCallback):
             "best_epoch": self.best_epoch,
             "wait": self.wait,
             "best_weights": self._best_weights,
+            "stopped_epoch": self.stopped_epoch,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state; called after ``on_train_begin``.
+
+        Where it had stopped the run, it judges again: with a larger patience than then, the run goes on.
 
         Args:
             state: what ``state_dict`` returned.
@@ -150,6 +157,10 @@ class EarlyStopping(MonitorCallback):
         self.best_epoch = state["best_epoch"]
         self.wait = state["wait"]
         self._best_weights = state["best_weights"] if self.restore_best_weights else None
+        stopped = state["stopped_epoch"]
+        if stopped is not None and self._is_over(stopped):
+            self.stopped_epoch, self.has_stopped = stopped, True
+            self.model.stop_training = True
 
 
 def _check_verbose(verbose: Any) -> bool:

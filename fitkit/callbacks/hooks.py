@@ -35,10 +35,10 @@ class HookTable:
         callbacks: in the order in which they are called. History, which is no Callback, counts by its methods.
     """
 
-    __slots__ = tuple(HOOKS)
+    __slots__ = (*HOOKS, "listeners")
 
     def __init__(self, callbacks: Iterable[object]) -> None:
-        called = list(callbacks)
+        called = self.listeners = list(callbacks)
         self.on_train_begin = _implementations(called, "on_train_begin")
         self.on_train_end = _implementations(called, "on_train_end")
         self.on_epoch_begin = _implementations(called, "on_epoch_begin")
@@ -54,6 +54,10 @@ class HookTable:
         self.on_predict_batch_begin = _implementations(called, "on_predict_batch_begin")
         self.on_predict_batch_end = _implementations(called, "on_predict_batch_end")
         self.on_exception = _implementations(called, "on_exception")
+
+    def owners(self, name: str) -> list[object]:
+        """Whose hooks of that name are listed, in the same order."""
+        return [callback for callback in self.listeners if _implementations([callback], name)]
 
 
 def implemented_hooks(callback: object) -> list[str]:

@@ -39,6 +39,10 @@ class MonitorCallback(Callback):
         self.min_delta = check_number("min_delta", min_delta, least=0.0)
         self.direction = direction_of(monitor, mode)
 
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}({self.monitor})"
+
     def is_improvement(self, value: float, best: float | None) -> bool:
         """Whether value is better than best by more than min_delta. NaN never is; any number is better than None."""
         return improves(value, best, self.direction, self.min_delta)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -10,11 +9,8 @@ from typing import Any, final
 
 from fitkit.callbacks.callback import Callback
 from fitkit.callbacks.display import print_line
-from fitkit.errors import check_number, show
-
-_SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600, "d": 86400}
-_UNITS = re.compile(r"(?:\d+(?:\.\d+)?\s*(?:sec|s|min|h|d)\s*)+")
-_CLOCK = re.compile(r"(?:(?P<days>\d+):)?(?P<hours>\d+):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d(?:\.\d+)?)")
+from fitkit.durations import seconds_of
+from fitkit.errors import check_number
 
 
 @final
@@ -47,7 +43,7 @@ class Timer(Callback):
 
     def __init__(self, duration: float | str | timedelta, *, verbose: bool = False) -> None:
         super().__init__()
-        self.duration = _seconds(duration)
+        self.duration = seconds_of("duration", duration)
         self.verbose = bool(check_number("verbose", int(verbose), least=0, most=1))
         self.has_stopped = False
         self._before = 0.0
@@ -102,23 +98,4 @@ class Timer(Callback):
             state: what ``state_dict`` returned.
         """
         self._before = state["elapsed"]
-
-
-def _seconds(duration: Any) -> float:
-    seconds: float | None = None
-    if isinstance(duration, timedelta):
-        seconds = duration.total_seconds()
-    elif not isinstance(duration, str):
-        seconds = check_number("duration", duration)
-    elif clock := _CLOCK.fullmatch(duration.strip()):
-        days, hours, minutes, rest = (float(part or 0) for part in clock.groups())
-        seconds = 86400 * days + 3600 * hours + 60 * minutes + rest
-    elif _UNITS.fullmatch(duration.strip()):
-        found = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]+)", duration)
-        seconds = sum(float(number) * _SECONDS[unit] for number, unit in found)
-    if seconds is None or seconds <= 0:
-        raise ValueError(
-            'Expected a time above 0: seconds, "00:10:00", "10min", "1h 30min" or a timedelta, received '
-            f"duration={show(duration)}."
-        )
-    return seconds
+        self._look()

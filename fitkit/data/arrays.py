@@ -19,9 +19,10 @@ from fitkit.data.batches import Batches
 from fitkit.data.rows import Rows, TensorRows, as_rows, is_array
 from fitkit.errors import show
 
-# One gather serves this many batches, as long as a chunk stays under the bytes below.
+# One gather serves this many batches, as long as a chunk stays under the bytes below: what is larger leaves the cache,
+# and the memory of the process, which gets it back page by page.
 BATCHES_PER_CHUNK = 64
-BYTES_PER_CHUNK = 16 * 2**20
+BYTES_PER_CHUNK = 2**18
 # How large a batch of an evaluation or prediction may be when its size is left to us: small samples only.
 MOST_LARGE_BATCH = 4096
 BYTES_LARGE_BATCH = 2**18
@@ -107,11 +108,19 @@ class ArrayBatches(Batches):
         self.length = -(-self.samples // batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        order = self._order()
+        return self._from(0, self._order())
+
+    def after(self, done: int) -> Iterator[Any]:
+        return self._from(done, self._order())
+
+    def facts(self) -> dict[str, Any]:
+        return {"the number of samples": self.samples, "batch_size": self._batch_size, "shuffle": self._shuffle}
+
+    def _from(self, first: int, order: Tensor | None) -> Iterator[Any]:
         size = min(self._batch_size, self.samples)  # torch takes no integers beyond 64 bits
         step = size * self._batches_in_chunk(size)
         sources = self._rows if self._home is None else self._copies(self._home)
-        for start in range(0, self.samples, step):
+        for start in range(first * size, self.samples, step):
             stop = min(start + step, self.samples)
             index = None if order is None else order[start:stop]
             pieces = zip(*(_cut(rows, start, stop, index, size) for rows in sources), strict=True)

@@ -7,11 +7,14 @@ iterator at a time, with limits and with plain words when the data runs dry.
 from __future__ import annotations
 
 import abc
+import contextlib
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
+
+from fitkit.device import random_state, restore_random_state
 
 
 class Batches(abc.ABC):
@@ -32,6 +35,30 @@ class Batches(abc.ABC):
     @abc.abstractmethod
     def __iter__(self) -> Iterator[Any]:
         """One pass over the data, which draws from the random generators what a DataLoader would draw."""
+
+    def after(self, done: int) -> Iterator[Any]:
+        """One pass from its batch ``done`` on, above 0. What the pass draws before that batch is drawn at once.
+
+        Kinds that can tell their batches apart go there by arithmetic; here the batches are taken and dropped.
+        """
+        iterator = iter(self)
+        for _ in range(done):
+            next(iterator, None)
+        return iterator
+
+    def facts(self) -> dict[str, Any]:
+        """What the numbers of a run depend on, by the argument that sets it: the number of batches, their size."""
+        return {} if self.length is None else {"the number of batches": self.length}
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Generators of the data's own, beside torch's global one, from which passes draw."""
+        return []
+
+    @property
+    def source(self) -> Any:
+        """What tells by state_dict where a pass is, and goes there by load_state_dict; None where nothing does."""
+        return None
 
     def in_order(self) -> Batches:
         """The same data unshuffled, in the same batches at each pass."""
@@ -59,6 +86,11 @@ def known_length(data: Any) -> int | None:
         return None
 
 
+def keeps_its_place(data: Any) -> bool:
+    """Whether the data itself tells where it is and goes there again, as torchdata's StatefulDataLoader does."""
+    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
+
+
 @final
 class EpochPlan:
     """The batches of a run, an epoch at a time.
@@ -72,12 +104,35 @@ class EpochPlan:
         argument: how messages name the data, "data" or "validation_data".
         limit_argument: how messages name the limit, such as "steps_per_epoch".
         anew: whether each epoch starts anew wherever the data can, as validations do to stay comparable.
+        device: whose random state a pass may draw from, beside those of the CPU.
+
+    Attributes:
+        given: batches of the epoch that have been given so far.
+        noted: whether the random state is noted from which a pass begins, for a file that goes on in its midst.
+        failed: whether the data raised an error in place of the next batch.
     """
 
     def __init__(
-        self, batches: Batches, limit: int | None, argument: str, limit_argument: str, *, anew: bool = False
+        self,
+        batches: Batches,
+        limit: int | None,
+        argument: str,
+        limit_argument: str,
+        *,
+        anew: bool = False,
+        device: torch.device | None = None,
     ) -> None:
+        self.given = 0
+        self.failed = False
+        self.noted = True
         self._goes_on = not (anew and batches.again)
+        self._device = device or torch.device("cpu")
+        # What draws were made from when the present pass began, and its batches that earlier epochs took.
+        self._start: dict[str, Any] | None = None
+        self._before = 0
+        # An epoch that was left in its midst, and what is left of it.
+        self._in_epoch = False
+        self._resumed: Iterator[Any] | None = None
         self._batches = batches
         self._limit = limit
         self._argument = argument
@@ -109,23 +164,103 @@ class EpochPlan:
             )
 
     def epoch(self) -> Generator[Any, None, None]:
-        """The batches of the next epoch.
+        """The batches of the next epoch, or the rest of the one that `load_state_dict` goes on with.
 
         Raises:
             ValueError: there is no batch, or there are fewer than the limit.
         """
-        if self._limit is not None and self._batches.length is None and self._goes_on:
-            return self._going_on(self._limit)
-        return self._anew()
+        if not self._in_epoch:
+            self._before += self.given if self._is_going_on else 0
+            self.given = 0
+        self._in_epoch = self.failed = False
+        return self._going_on(self._limit or 0) if self._is_going_on else self._anew()
+
+    @property
+    def _is_going_on(self) -> bool:
+        """Whether a pass may be longer or shorter than an epoch."""
+        return self._limit is not None and self._batches.length is None and self._goes_on
+
+    def facts(self) -> dict[str, Any]:
+        """What the numbers of a run depend on, by the argument that sets it."""
+        limit = {} if self._limit is None else {self._limit_argument: self._limit}
+        return {**self._batches.facts(), **limit}
+
+    def state_dict(self, *, in_epoch: bool) -> dict[str, Any]:
+        """Where the present pass is, and from which random state it began.
+
+        Args:
+            in_epoch: whether this is in the midst of an epoch.
+        """
+        source = self._batches.source if in_epoch or self._is_going_on else None
+        return {
+            "given": self.given,
+            "taken": self._before + self.given,
+            "start": self._start,
+            "own": [generator.get_state() for generator in self._batches.generators],
+            "source": None if source is None else source.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, in_epoch: bool, ends_here: bool = False) -> None:
+        """Goes to where a pass was. The caller puts back the global random state afterwards.
+
+        Args:
+            state: what `state_dict` returned.
+            in_epoch: whether the epoch goes on from there; otherwise the next one begins.
+            ends_here: whether the epoch has no further batch, since it was told to stop.
+        """
+        self.given, self._before, self._in_epoch = state["given"], state["taken"] - state["given"], in_epoch
+        if ends_here:
+            self._resumed = iter(())
+        elif (in_epoch or self._is_going_on) and state["start"] is not None:
+            self._start = state["start"]
+            restore_random_state(state["start"], self._device)
+            self._set_generators(state["start"]["own"])
+            iterator = self._from(state["taken"], state["source"])
+            if self._is_going_on:
+                self._open = iterator
+            else:
+                self._resumed = iterator
+        self._set_generators(state["own"])
+
+    def _from(self, taken: int, source_state: Any) -> Iterator[Any]:
+        source = self._batches.source
+        if source is None or source_state is None:
+            return self._batches.after(taken)
+        source.load_state_dict(source_state)
+        return iter(()) if taken == self._batches.length else iter(self._batches)
+
+    def _set_generators(self, states: Sequence[torch.Tensor]) -> None:
+        for generator, state in zip(self._batches.generators, states, strict=True):
+            generator.set_state(state)
+
+    def _begin_pass(self) -> Iterator[Any]:
+        self._before = -self.given
+        if self.noted or self._is_going_on:
+            own = [generator.get_state() for generator in self._batches.generators]
+            self._start = {**random_state(self._device), "own": own}
+        return iter(self._batches)
+
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        """Around an epoch: what is raised in it comes from the data, since the loop only ever closes it."""
+        try:
+            yield
+        except Exception:
+            self.failed = True
+            raise
 
     def _anew(self) -> Generator[Any, None, None]:
-        given = 0
-        for given, batch in enumerate(itertools.islice(self._batches, self._limit), start=1):  # noqa: B007
-            yield batch
-        if given == 0:
-            raise ValueError(self._none_at_all())
-        if self._limit is not None and given < self._limit:
-            raise ValueError(self._too_few(given))
+        resumed, self._resumed = self._resumed, None
+        with self._noting_errors():
+            left = None if self._limit is None else self._limit - self.given
+            iterator = self._begin_pass() if resumed is None else resumed
+            for batch in itertools.islice(iterator, left):
+                self.given += 1
+                yield batch
+            if self.given == 0:
+                raise ValueError(self._none_at_all())
+            if self._limit is not None and self.given < self._limit and resumed is None:
+                raise ValueError(self._too_few(self.given))
 
     def _none_at_all(self) -> str:
         why = "Check what made it; what is iterated again at each epoch must give a new iterator each time."
@@ -134,25 +269,27 @@ class EpochPlan:
         return f"Expected at least one batch, received {self._argument} that gave none. {why}"
 
     def _going_on(self, limit: int) -> Generator[Any, None, None]:
-        given = 0
         fresh = False
-        while given < limit:
-            if self._open is None:
-                self._open = iter(self._batches)
-                fresh = True
-            for batch in self._open:
-                given += 1
-                try:
-                    yield batch
-                except GeneratorExit:
-                    # Only a run that ends closes an epoch in its middle: workers and open files end with it.
-                    self._open = None
-                    raise
-                if given == limit:
-                    return
-            self._open = None
-            if fresh or not self._batches.again:
-                raise ValueError(self._too_few(given))
+        if self._resumed is not None:  # the epoch was told to stop
+            limit, self._resumed = self.given, None
+        with self._noting_errors():
+            while self.given < limit:
+                if self._open is None:
+                    self._open = self._begin_pass()
+                    fresh = True
+                for batch in self._open:
+                    self.given += 1
+                    try:
+                        yield batch
+                    except GeneratorExit:
+                        # Only a run that ends closes an epoch in its middle: workers and open files end with it.
+                        self._open = None
+                        raise
+                    if self.given == limit:
+                        return
+                self._open = None
+                if fresh or not self._batches.again:
+                    raise ValueError(self._too_few(self.given))
 
     def _too_few(self, given: int) -> str:
         return (

@@ -7,7 +7,7 @@ from typing import Any, final
 
 import torch
 
-from fitkit.data.batches import Batches, known_length
+from fitkit.data.batches import Batches, keeps_its_place, known_length
 from fitkit.data.rows import with_tensors
 
 
@@ -28,6 +28,10 @@ class IterableBatches(Batches):
     def __iter__(self) -> Iterator[Any]:
         return (with_tensors(batch, self._dtype) for batch in self._iterable)
 
+    @property
+    def source(self) -> Any:
+        return self._iterable if keeps_its_place(self._iterable) else None
+
 
 @final
 class GeneratorBatches(Batches):
@@ -47,3 +51,7 @@ class GeneratorBatches(Batches):
     def __iter__(self) -> Iterator[Any]:
         # Giving this one up closes it alone: the user's generator stays open, with the batches that are left.
         return (with_tensors(batch, self._dtype) for batch in self._iterator)
+
+    @property
+    def source(self) -> Any:
+        return self._iterator if keeps_its_place(self._iterator) else None

@@ -22,7 +22,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from fitkit.data.batches import Batches, known_length
+from fitkit.data.batches import Batches, keeps_its_place, known_length
 from fitkit.data.rows import with_tensors
 from fitkit.errors import show, unknown_name
 
@@ -48,6 +48,37 @@ class LoaderBatches(Batches):
 
     def __iter__(self) -> Iterator[Any]:
         return (with_tensors(batch, self._dtype, cast=self._cast) for batch in self._loader)
+
+    def after(self, done: int) -> Iterator[Any]:
+        loader = self._loader
+        index_sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        # Workers may draw random numbers for what they load, and a loader of another class may do anything.
+        if type(loader) is not DataLoader or loader.num_workers or isinstance(loader.dataset, IterableDataset):
+            return super().after(done)
+        rest = _Rest(index_sampler)
+        options = {"batch_size": None, "sampler": rest} if loader.batch_sampler is None else {"batch_sampler": rest}
+        iterator = iter(self._with(loader, **options))
+        rest.skip(done)
+        return iterator
+
+    def facts(self) -> dict[str, Any]:
+        loader = self._loader
+        samples = known_length(loader.dataset)
+        sampler = "" if loader.sampler is None else type(loader.sampler).__name__
+        return {
+            **super().facts(),
+            **({} if samples is None else {"the number of samples": samples}),
+            "batch_size": getattr(loader.batch_sampler, "batch_size", loader.batch_size),
+            "the loader's sampler": sampler,
+        }
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        return own_generators(self._loader)
+
+    @property
+    def source(self) -> Any:
+        return self._loader if keeps_its_place(self._loader) else None
 
     def in_order(self) -> Batches:
         """The loader's data in its dataset's order; for a sampler of the user's, the batches of its first pass."""
@@ -78,6 +109,41 @@ class LoaderBatches(Batches):
             generator=loader.generator,
         )
         return LoaderBatches(other, self._dtype, cast=self._cast)
+
+
+@final
+class _Rest:
+    """What a sampler gives after some that are taken from it first: when it is told, as samplers draw when they begin.
+
+    Args:
+        sampler: of indices, or of lists of them.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+        self._indices: Iterator[Any] = iter(())
+
+    def skip(self, count: int) -> None:
+        """Begins, and leaves so many out."""
+        self._indices = iter(self._sampler)
+        for _ in range(count):
+            next(self._indices, None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+def own_generators(loader: DataLoader[Any]) -> list[torch.Generator]:
+    """The generators that the user gave to the loader and its samplers."""
+    holders = (loader, loader.batch_sampler, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
 def _in_order(sampler: Any, dataset: Any) -> Any:

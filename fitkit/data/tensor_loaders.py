@@ -24,7 +24,7 @@ from torch.utils.data import (
 
 from fitkit.data.arrays import BATCHES_PER_CHUNK, BYTES_PER_CHUNK
 from fitkit.data.batches import Batches
-from fitkit.data.loaders import LoaderBatches
+from fitkit.data.loaders import LoaderBatches, own_generators
 
 
 def is_tensor_loader(loader: DataLoader[Any]) -> bool:
@@ -69,14 +69,32 @@ class TensorLoaderBatches(Batches):
         self.length = len(loader)
 
     def __iter__(self) -> Iterator[Any]:
-        loader = self._loader
-        tensors = loader.dataset.tensors  # type: ignore[attr-defined]
-        sampler: Any = loader.batch_sampler
+        return self._from(self._indices())
+
+    def after(self, done: int) -> Iterator[Any]:
+        indices = self._indices()
+        for _ in range(done):
+            next(indices, None)
+        return self._from(indices)
+
+    def facts(self) -> dict[str, Any]:
+        return LoaderBatches(self._loader, self._dtype).facts()
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        return own_generators(self._loader)
+
+    def _indices(self) -> Iterator[list[int]]:
         # What a DataLoader draws whenever it is iterated, for workers that it may not have.
-        torch.empty((), dtype=torch.int64, device="cpu").random_(generator=loader.generator)
+        torch.empty((), dtype=torch.int64, device="cpu").random_(generator=self._loader.generator)
+        sampler: Any = self._loader.batch_sampler
+        return iter(sampler)
+
+    def _from(self, indices: Iterator[list[int]]) -> Iterator[Any]:
+        tensors = self._loader.dataset.tensors  # type: ignore[attr-defined]
+        sampler: Any = self._loader.batch_sampler
         row_bytes = sum(tensor[:1].numel() * tensor.element_size() for tensor in tensors)
         at_once = max(1, min(BATCHES_PER_CHUNK, BYTES_PER_CHUNK // max(1, row_bytes * sampler.batch_size)))
-        indices = iter(sampler)
         while chunk := list(itertools.islice(indices, at_once)):
             rows = torch.tensor(list(itertools.chain.from_iterable(chunk)), device="cpu")
             sizes = [len(batch) for batch in chunk]

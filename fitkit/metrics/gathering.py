@@ -18,10 +18,10 @@ from fitkit.metrics.names import NamedMetric
 from fitkit.metrics.readings import Given, Reading, Rows, check_pair, check_scale, read_classes, read_values
 from fitkit.metrics.states import Keeper, apart, join_into, load_into, state_of
 
-# How many batches wait, and how many elements they hold together at most: 4 MB of float32. On the CPU a batch of more
-# than so many elements does not wait: while it is in the cache, looking at it costs less than laying it aside.
+# How many batches wait, and how many elements they hold together at most: half a MB of float32. On the CPU a batch of
+# more than CACHED_ELEMENTS does not wait: while it is in the cache, looking at it costs less than laying it aside.
 HELD_BATCHES = 256
-HELD_ELEMENTS = 2**20
+HELD_ELEMENTS = 2**17
 CACHED_ELEMENTS = 2**13
 # How many elements of a larger batch are looked at together: 64 MB of float32.
 PIECE_ELEMENTS = 2**24
@@ -72,11 +72,12 @@ class Gathering:
             output, target = check_pair(self._names, output, target)
             if not len(output):
                 return
-            self._look(output, target)
+            self._decide(output, target)
+            self._note(output, target)
         rows: tuple[Tensor, ...] = (output, target)
         if self._weighted:
             weight = torch.ones(len(output), device=output.device) if weight is None else weight
-            rows = self._reading.align(output, target, weight)  # type: ignore[union-attr]  # _look sets it
+            rows = self._reading.align(output, target, weight)  # type: ignore[union-attr]  # it is decided
         elif not self._are_rows:
             rows = self._reading.align(output, target)  # type: ignore[union-attr]
         if self._held_elements + self._batch_elements > HELD_ELEMENTS:
@@ -94,9 +95,8 @@ class Gathering:
         pair = isinstance(output, Tensor) and isinstance(target, Tensor)
         return pair and (output.shape, target.shape, target.dtype) == self._shapes
 
-    def _look(self, output: Tensor, target: Tensor) -> None:
-        """Decides how batches of new shapes are read, and whether that fits the metrics and the batches before."""
-        self._decide(output, target)
+    def _note(self, output: Tensor, target: Tensor) -> None:
+        """Notes what is the same for all batches of these shapes."""
         assert self._reading is not None  # it is decided
         rows = self._reading.align(output, target)
         self._are_rows = rows[0] is output and rows[1] is target
@@ -107,6 +107,7 @@ class Gathering:
         self._shapes = (output.shape, target.shape, target.dtype)
 
     def _decide(self, output: Tensor, target: Tensor) -> None:
+        """Decides how batches of new shapes are read, and whether that fits the metrics and the batches before."""
         reading, before = self._read(self._names, output, target, self._meaning), self._reading
         if before is None:
             for key, metric in self._named.items():
@@ -144,13 +145,19 @@ class Gathering:
             return
         assert self._reading is not None  # nothing is held before the first look
         with apart():
-            joined = [torch.cat(parts) for parts in zip(*self._held, strict=True)]
+            joined = self._joined()
             rows = max(1, PIECE_ELEMENTS * len(joined[0]) // self._held_elements)
             self._held, self._held_elements = [], 0
-            for piece in zip(*(part.split(rows) for part in joined), strict=True):
+            pieces = [joined] if rows >= len(joined[0]) else zip(*(part.split(rows) for part in joined), strict=True)
+            for piece in pieces:
                 together = Rows(self._reading, *piece)
                 for (_, given), metric in self._keepers.items():
                     metric.update(*given(together))
+
+    def _joined(self) -> tuple[Tensor, ...]:
+        if len(self._held) == 1:
+            return self._held[0]
+        return tuple(torch.cat(parts) for parts in zip(*self._held, strict=True))
 
     def compute(self, keys: Collection[str]) -> dict[str, Tensor]:
         """The values over all since reset, 0-d, of those keys that are among these; empty before the first update."""
@@ -181,6 +188,14 @@ class Gathering:
             "metrics": [state_of(metric) for metric in self._keepers.values()],
         }
 
+    def waiting_state(self) -> dict[str, Any]:
+        """As `state`, but what waits goes on waiting: a save moves no sum's last digit."""
+        held, elements, shapes = self._held, self._held_elements, self._shapes
+        self._held = []
+        kept = {**self.state(), "held": [list(rows) for rows in held], "shapes": shapes}
+        self._held, self._held_elements = held, elements
+        return kept
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on where the state was made."""
         self.reset()
@@ -188,6 +203,11 @@ class Gathering:
             return
         self._build(Reading(**state["reading"]))
         self._samples = state["samples"]
+        self._held = [tuple(part.to(self._device) for part in rows) for rows in state.get("held", ())]
+        self._held_elements = sum(part.numel() for rows in self._held for part in rows)
+        if state.get("shapes") is not None:
+            output, target, dtype = state["shapes"]
+            self._note(torch.empty(output, device="meta"), torch.empty(target, dtype=dtype, device="meta"))
         for metric, kept in zip(self._keepers.values(), state["metrics"], strict=True):
             load_into(metric, kept, self._device)
 

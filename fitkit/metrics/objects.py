@@ -137,6 +137,9 @@ class TorchmetricsMetric:
     def state(self) -> dict[str, Any]:
         return {"has_data": self._has_data, "metric": mapped(torch.clone, self._metric.state_dict())}
 
+    def waiting_state(self) -> dict[str, Any]:
+        return self.state()
+
     def load_state(self, state: dict[str, Any]) -> None:
         self.reset()
         if state["has_data"]:

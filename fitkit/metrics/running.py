@@ -96,7 +96,7 @@ class RunningMetrics:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is kept, as nested dicts and lists of tensors, numbers and strings."""
-        return {"names": list(self.names), "parts": [part.state() for _, part in self._parts]}
+        return {"names": list(self.names), "parts": [part.waiting_state() for _, part in self._parts]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the state was made.

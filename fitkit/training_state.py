@@ -1,0 +1,410 @@
+"""What a run depends on, gathered for a file and put back from one, so that it goes on as if it had never stopped.
+
+`model_state` and `restore_model` are about what outlives a fit: weights, optimizer, random state, history. `Progress`
+is where a fit is: the loop moves it on from stage to stage, a save reads it, and a resumed fit begins with it. Each
+class that holds a part of the state gives it by itself; the form of the file is in checkpoints.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, final
+
+import torch
+from torch import nn
+
+from fitkit._types import ModelProtocol
+from fitkit.callbacks import Callback
+from fitkit.callbacks.hooks import Hook, HookTable
+from fitkit.checkpoints import Path, check_fits, fill, load_state
+from fitkit.computation import Compiled
+from fitkit.data import EpochPlan
+from fitkit.device import (
+    get_modes,
+    plain_random_state,
+    random_state,
+    random_state_of,
+    restore_random_state,
+    set_modes,
+)
+from fitkit.errors import CheckpointError
+from fitkit.flags import TrainingFlags
+from fitkit.history import History, as_number
+from fitkit.steps import TrainStep
+
+# Where in an epoch a run is: before its first batch, among its batches, before or in its validation, at its end.
+Stage = Literal["begin", "train", "validate", "end"]
+# Objects beside the compiled ones that a Model of the user's may train with.
+OWN = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler, nn.Module)
+WHOLE = {
+    *("outcome", "arguments", "epoch", "stage", "logs", "stop", "called", "step", "part_size"),
+    *("data", "validation_data", "callbacks"),
+}
+# What a file says of a run by its outcome: None while it runs.
+RUN_PARTS = {None: WHOLE, "finished": WHOLE, "interrupted": {"outcome", "epoch"}}
+PARTS = {"weights", "buffers", "optimizer", "scaler", "own", "history", "random", "modes", "run"}
+
+
+def read_training_state(path: Path) -> dict[str, Any]:
+    """The state in a file of `Model.save`.
+
+    Raises:
+        CheckpointError: the file is damaged, or is no such file.
+    """
+    state = load_state(path)
+    if not set(state) >= PARTS:
+        raise CheckpointError(f"{path!s} is no file of Model.save: it holds {sorted(map(str, state))}.")
+    run = state["run"]
+    if run is not None and not (isinstance(run, dict) and set(run) >= RUN_PARTS[run.get("outcome")]):
+        raise CheckpointError(f"{path!s} is no file of Model.save: what it says of a run is incomplete.")
+    return state
+
+
+def model_state(model: ModelProtocol, compiled: Compiled) -> dict[str, Any]:
+    """All that a run changes and that is there without it; the tensors are the model's own."""
+    module, optimizer, scaler = compiled.module, compiled.optimizer, compiled.scaler
+    kept = module.state_dict()
+    return {
+        "weights": kept,
+        "buffers": {name: buffer for name, buffer in module.named_buffers() if name not in kept},
+        "optimizer": None if optimizer is None else _named(optimizer),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "own": {name: _named(value) for name, value in _own(model).items()},
+        "history": model.history.state_dict(),
+        "random": plain_random_state(random_state(compiled.device)),
+        "modes": get_modes(module),
+    }
+
+
+def check_model(model: ModelProtocol, compiled: Compiled, state: Mapping[str, Any], path: Path) -> None:
+    """Refuses a state of another module, optimizer or precision, before anything is changed."""
+    check_fits(compiled.module, state["weights"], path)
+    own = _own(model)
+    mine = {"compile(optimizer=...)": compiled.optimizer, **{f"model.{name}": value for name, value in own.items()}}
+    theirs = {"compile(optimizer=...)": state["optimizer"]}
+    theirs |= {f"model.{name}": kept for name, kept in state["own"].items()}
+    for name in {**mine, **theirs}:
+        now, then = mine.get(name), theirs.get(name)
+        if (type(now).__name__ if now is not None else None) != (None if then is None else then["class"]):
+            raise CheckpointError(
+                f"{path!s} has {'nothing' if then is None else then['class']} for {name}, where there is now "
+                f"{'nothing' if now is None else type(now).__name__}. Make and compile the Model as it was."
+            )
+        if (
+            isinstance(now, torch.optim.Optimizer)
+            and then is not None
+            and _sizes(now.state_dict()) != _sizes(then["state"])
+        ):
+            raise CheckpointError(
+                f"{path!s} has an optimizer of {_sizes(then['state'])} parameters by group for {name}, received one of "
+                f"{_sizes(now.state_dict())}. Give it the parameters that it had."
+            )
+    if (compiled.scaler is None) != (state["scaler"] is None):
+        was = "without" if state["scaler"] is None else "with"
+        raise CheckpointError(
+            f'{path!s} was saved {was} precision="16-mixed", received precision={compiled.precision!r}.'
+        )
+
+
+def restore_model(model: ModelProtocol, compiled: Compiled, state: Mapping[str, Any], path: Path) -> None:
+    """Gives the model what `model_state` took from it, apart from the random state and the modes."""
+    fill(compiled.module, state["weights"], path)
+    for name, buffer in compiled.module.named_buffers():
+        if name in state["buffers"] and buffer.shape == state["buffers"][name].shape:
+            with torch.no_grad():
+                buffer.copy_(state["buffers"][name])
+    if compiled.optimizer is not None:
+        compiled.optimizer.load_state_dict(state["optimizer"]["state"])
+    if compiled.scaler is not None:
+        compiled.scaler.load_state_dict(state["scaler"])
+    for name, value in _own(model).items():
+        value.load_state_dict(state["own"][name]["state"])
+    model.history.load_state_dict(state["history"])
+
+
+def _named(value: Any) -> dict[str, Any]:
+    return {"class": type(value).__name__, "state": value.state_dict()}
+
+
+def _own(model: ModelProtocol) -> dict[str, Any]:
+    """Optimizers, schedulers and modules that a subclass of Model keeps as attributes, as for a step of its own."""
+    return {name: value for name, value in vars(model).items() if isinstance(value, OWN) and value is not model.module}
+
+
+def _sizes(state: Mapping[str, Any]) -> list[int]:
+    return [len(group["params"]) for group in state["param_groups"]]
+
+
+@final
+@dataclass
+class Progress:
+    """Where a fit is, and who holds a part of its state.
+
+    Attributes:
+        model: the Model.
+        compiled: what its `compile` made.
+        flags: the checked arguments.
+        arguments: what the numbers depend on, by the name that messages use; a resumed run must have the same.
+        step: the training step.
+        part_size: what finds the size of micro-batches; None where nothing does.
+        batches: the training data.
+        validation: the validation data.
+        callbacks: the user's, and early stopping.
+        hooks: of these, of History and of the bar.
+        noted: whether anybody could save in the midst of the run; otherwise nothing is noted for it.
+        saved: the state that the fit goes on from, and its path; None once it is put back.
+        epoch: 0-based index.
+        stage: where in the epoch the run is.
+        logs: of the epoch, from the end of its batches on.
+    """
+
+    model: ModelProtocol
+    compiled: Compiled
+    flags: TrainingFlags
+    arguments: dict[str, Any]
+    step: TrainStep
+    part_size: Any
+    batches: EpochPlan
+    validation: EpochPlan | None
+    callbacks: Sequence[Callback]
+    hooks: HookTable
+    noted: bool = True
+    saved: tuple[dict[str, Any], Path] | None = None
+    epoch: int = field(init=False)
+    stage: Stage = "begin"
+    logs: dict[str, float] = field(default_factory=dict)
+    # Whose hooks of the stage have been called, the present one's included; None in front of History.
+    _called: list[object] = field(default_factory=list)
+    # Before the validation: the random state, the modes, and where the validation data was.
+    _before: tuple[Any, Any, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.epoch = self.flags.initial_epoch
+        self.batches.noted = self.noted
+        if self.validation is not None:
+            self.validation.noted = False  # it begins anew, except where it goes on from epoch to epoch
+
+    # What the loop tells and asks
+
+    def begin_hooks(self, hooks: Sequence[Hook]) -> Iterator[Hook]:
+        """The hooks that begin an epoch, each noted as it is called."""
+        return self._noted(hooks, self.hooks.owners("on_epoch_begin"))
+
+    def end_hooks(self, hooks: Sequence[Hook]) -> Iterator[Hook]:
+        """The hooks that end an epoch, without those that were called before the state was saved."""
+        return self._noted(hooks, self.hooks.owners("on_epoch_end"))
+
+    def _noted(self, hooks: Sequence[Hook], owners: Sequence[object]) -> Iterator[Hook]:
+        before = list(self._called)
+        for hook, owner in zip(hooks, owners, strict=True):
+            if not any(owner is each for each in before):
+                self._called.append(owner)
+                yield hook
+        self._called = []
+
+    def begin_validation(self) -> None:
+        """Notes what a validation changes for a while: a save in its midst lets it begin anew."""
+        if not self.noted:
+            return
+        data = None if self.validation is None else self.validation.state_dict(in_epoch=False)
+        self._before = (random_state(self.compiled.device), get_modes(self.compiled.module), data)
+
+    def move_on(self, stage: Stage, logs: dict[str, float] | None = None) -> None:
+        """Enters the next stage, or with "begin" the next epoch."""
+        self.stage, self._before = stage, None
+        if logs is not None:
+            self.logs = logs
+        if stage == "begin":
+            self.epoch += 1
+
+    # What goes to a file
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole training state.
+
+        Raises:
+            ValueError: the run is in the midst of a step, or has noted nothing for a file.
+        """
+        if not self.noted:
+            raise ValueError(
+                "Expected save(...) in a hook of a callback of this fit, received it from elsewhere in it."
+            )
+        given, trained = self.batches.given, self.step.index + 1
+        if self.stage == "train" and (given != trained or not given):
+            raise ValueError(
+                "Expected save(...) between two training steps, received it before a batch's step or in its midst. "
+                "Call it in on_train_batch_end, which is after the step."
+            )
+        state = model_state(self.model, self.compiled)
+        if self._before is not None:
+            state |= {"random": plain_random_state(self._before[0]), "modes": self._before[1]}
+        if self.stage == "end":
+            state["history"] = self._history()
+        return {**state, "run": self._run()}
+
+    def _history(self) -> dict[str, Any]:
+        """History with the row of the epoch that is ending, whether or not its own hook has had its turn."""
+        history = History()
+        history.load_state_dict(self.model.history.state_dict())
+        history.on_epoch_end(self.epoch, self.logs)
+        return history.state_dict()
+
+    def _run(self) -> dict[str, Any]:
+        in_epoch = self.stage == "train"
+        validation = None
+        if self.validation is not None:
+            validation = self.validation.state_dict(in_epoch=False) if self._before is None else self._before[2]
+        keys = {id(callback): key for key, callback in keyed(self.callbacks).items()}
+        stopped = any(each.has_stopped for each in self.callbacks)
+        return {
+            "outcome": None,
+            "arguments": self.arguments,
+            "epoch": self.epoch,
+            "stage": self.stage,
+            "logs": {name: as_number(name, value) for name, value in self.logs.items()},
+            # A callback that stopped the run judges again.
+            "stop": self.model.stop_training and not stopped,
+            "called": [keys[id(owner)] for owner in self._called if id(owner) in keys],
+            "step": self.step.state_dict() if in_epoch else None,
+            "part_size": None if self.part_size is None else self.part_size.state_dict(),
+            "data": _plain(self.batches.state_dict(in_epoch=in_epoch)),
+            "validation_data": None if validation is None else _plain(validation),
+            "callbacks": callback_states(self.callbacks),
+        }
+
+    def ended(self, error: BaseException | None) -> Callable[[], dict[str, Any]]:
+        """What makes the run's part of a state after its end. It keeps the callbacks, but neither data nor batches.
+
+        Args:
+            error: what ended the run; from there nothing goes on exactly.
+        """
+        if error is not None:
+            run = {"outcome": "interrupted", "epoch": self.epoch}
+            return lambda: run
+        run = self._run() | {"outcome": "finished", "stop": False, "callbacks": None}
+        callbacks = self.callbacks
+        return lambda: {**run, "callbacks": callback_states(callbacks)}
+
+    # What comes from a file
+
+    def check(self, state: Mapping[str, Any], path: Path) -> None:
+        """Refuses a state that this run cannot go on from, before anything is changed.
+
+        Raises:
+            CheckpointError: it is of another module or optimizer, of other arguments, or of a run that an error ended.
+        """
+        check_model(self.model, self.compiled, state, path)
+        run = state["run"]
+        if run is None:
+            raise CheckpointError(
+                f"{path!s} was saved before any fit: there is nothing to resume. Use model.load({str(path)!r}) and fit."
+            )
+        if run["outcome"] == "interrupted":
+            raise CheckpointError(
+                f"{path!s} was saved after an error or Ctrl-C had ended the run somewhere in epoch {run['epoch'] + 1}: "
+                f"there is no exact place to resume at. Use model.load({str(path)!r}) and fit(initial_epoch="
+                f"{run['epoch']}), or save with BackupAndRestore during the run."
+            )
+        then, now = run["arguments"], self.arguments
+        differing = [
+            f"{name}={now.get(name)!r} now and {then.get(name)!r} in the file"
+            for name in {**then, **now}
+            if then.get(name) != now.get(name)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"Expected the arguments of the run that {path!s} was saved in, since the numbers depend on them; "
+                f"received {', '.join(differing)}. Pass what the file has, or start anew."
+            )
+
+    def restore(self) -> None:
+        """Puts back the state that the run goes on from, over what the hooks before have done."""
+        if self.saved is None:
+            return
+        (state, path), self.saved = self.saved, None
+        run = state["run"]
+        self.epoch, self.stage, self.logs = run["epoch"], run["stage"], dict(run["logs"])
+        params = self.model.history.params
+        self._replay_beginning(run)
+        restore_model(self.model, self.compiled, state, path)
+        # Outside of a fit the modes are the user's; what is trained there is for the fit to say.
+        set_modes(self.compiled.module, state["modes"], also_training=run["outcome"] is None)
+        self.model.stop_training = run["stop"]
+        history = self.model.history
+        history.params = params
+        # A run with nothing left to do says how it ended.
+        is_over = run["outcome"] is not None and self.epoch >= self.flags.last_epoch
+        history.stop_reason = history.stop_reason if is_over or run["stop"] else None
+        for key, callback in keyed(self.callbacks).items():
+            if has_state(callback) and run["callbacks"].get(key) is not None:
+                callback.load_state_dict(run["callbacks"][key])  # type: ignore[attr-defined]
+        if self.part_size is not None and run["part_size"] is not None:
+            self.part_size.load_state_dict(run["part_size"])
+        if run["step"] is not None:
+            self.step.load_state_dict(run["step"])
+        in_epoch = self.stage == "train"
+        self.batches.load_state_dict(
+            _raw(run["data"]), in_epoch=in_epoch, ends_here=in_epoch and self.model.stop_training
+        )
+        if self.validation is not None and run["validation_data"] is not None:
+            self.validation.load_state_dict(_raw(run["validation_data"]), in_epoch=False)
+        restore_random_state(random_state_of(state["random"]), self.compiled.device)
+
+    def _replay_beginning(self, run: Mapping[str, Any]) -> None:
+        """Lets callbacks begin the epoch again, for what they keep outside of any state: an open file, a bar."""
+        called = set(run["called"])
+        known = {id(callback): key for key, callback in keyed(self.callbacks).items()}
+        for hook, owner in zip(self.hooks.on_epoch_begin, self.hooks.owners("on_epoch_begin"), strict=True):
+            key = known.get(id(owner))
+            if self.stage in ("train", "validate") or (self.stage == "begin" and key in called):
+                hook(self.epoch, {})
+        if self.stage in ("train", "validate"):
+            self.step.begin_epoch(self.flags.window(self.epoch), self.batches.length)
+        elif self.stage == "end":
+            # Bars, and callbacks that are new, have no part in the end of an epoch that they did not see.
+            due = {key for key in run["callbacks"] if key not in called}
+            self._called = [
+                each
+                for each in self.hooks.listeners
+                if known.get(id(each)) not in due and each is not self.model.history
+            ]
+        else:
+            self._called = [each for each in self.callbacks if known[id(each)] in called]
+
+
+def keyed(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """The callbacks by the keys of their states: equal ones are counted, in their order."""
+    found: dict[str, Callback] = {}
+    for callback in callbacks:
+        key, count = callback.state_key, 1
+        while key in found:
+            count += 1
+            key = f"{callback.state_key} {count}"
+        found[key] = callback
+    return found
+
+
+def callback_states(callbacks: Sequence[Callback]) -> dict[str, Any]:
+    """The states by the callbacks' keys; None for a callback that has none."""
+    return {
+        key: callback.state_dict() if has_state(callback) else None  # type: ignore[attr-defined]
+        for key, callback in keyed(callbacks).items()
+    }
+
+
+def has_state(callback: Any) -> bool:
+    """Whether the callback keeps something that a resumed run needs."""
+    return callable(getattr(callback, "state_dict", None)) and callable(getattr(callback, "load_state_dict", None))
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    if data["start"] is None:
+        return data
+    return {**data, "start": {"own": data["start"]["own"], "random": plain_random_state(data["start"])}}
+
+
+def _raw(data: dict[str, Any]) -> dict[str, Any]:
+    if data["start"] is None:
+        return data
+    return {**data, "start": {**random_state_of(data["start"]["random"]), "own": data["start"]["own"]}}

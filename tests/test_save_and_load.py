@@ -1,0 +1,238 @@
+"""Model.save and Model.load: what a file holds, that a fit after it is a plain one, that nothing is half-changed."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fitkit
+from fitkit.callbacks import Callback, LambdaCallback
+from fitkit.checkpoints import load_state, save_state
+from fitkit.device import plain_random_state, random_state, random_state_of, restore_random_state
+from fitkit.errors import CheckpointError
+
+X, Y = torch.randn(12, 3), torch.randn(12, 1)
+
+
+def compiled(**arguments: Any) -> fitkit.Model:
+    model = fitkit.Model(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1)), device="cpu")
+    model.compile(**{"optimizer": "adam", "loss": "mse", **arguments})
+    return model
+
+
+def fitted(**arguments: Any) -> fitkit.Model:
+    model = compiled(**arguments)
+    model.fit(X, Y, epochs=2, verbose=0)
+    return model
+
+
+def snapshot(model: fitkit.Model) -> Any:
+    assert model.optimizer is not None
+    return copy.deepcopy((model.module.state_dict(), model.optimizer.state_dict(), model.history.state_dict()))
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def test_load_brings_weights_optimizer_and_history_back(tmp_path: Path) -> None:
+    model = fitted()
+    model.save(tmp_path / "file")
+    fresh = compiled()
+    fresh.load(tmp_path / "file")
+    assert same(snapshot(fresh), snapshot(model))
+
+
+def test_a_plain_fit_after_load_trains_all_its_epochs_with_the_optimizer_as_it_was(tmp_path: Path) -> None:
+    model = fitted()
+    model.save(tmp_path / "file")
+    fresh = compiled()
+    fresh.load(tmp_path / "file")
+    for each in (model, fresh):
+        torch.manual_seed(3)
+        assert each.fit(X, Y, epochs=3, verbose=0).epoch == [0, 1, 2]
+    assert same(snapshot(fresh), snapshot(model))
+
+
+def test_the_scaler_is_part_of_it(tmp_path: Path) -> None:
+    model = fitted(precision="16-mixed")
+    model.save(tmp_path / "file")
+    fresh = compiled(precision="16-mixed")
+    fresh.load(tmp_path / "file")
+    assert fresh._compiled is not None
+    assert model._compiled is not None
+    assert fresh._compiled.scaler.state_dict() == model._compiled.scaler.state_dict()  # type: ignore[union-attr]
+
+
+def test_a_loaded_model_saves_what_it_loaded(tmp_path: Path) -> None:
+    fitted().save(tmp_path / "file")
+    model = compiled()
+    model.load(tmp_path / "file")
+    model.save(tmp_path / "copy")
+    assert load_state(tmp_path / "copy")["run"]["epoch"] == 2
+    resumed = compiled()
+    assert resumed.fit(X, Y, epochs=4, verbose=0, resume_from=tmp_path / "copy").epoch == [0, 1, 2, 3]
+
+
+def test_what_is_not_persistent_in_a_module_is_kept_too(tmp_path: Path) -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 1)
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    def model() -> fitkit.Model:
+        made = fitkit.Model(Counting(), device="cpu")
+        made.compile("sgd", "mse")
+        return made
+
+    first, second = model(), model()
+    first.fit(X, Y, batch_size=4, epochs=2, verbose=0)
+    first.save(tmp_path / "file")
+    second.load(tmp_path / "file")
+    assert int(second.module.calls) == 6  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"optimizer": "sgd"}, "file has Adam for compile.* where there is now SGD"),
+        ({"precision": "16-mixed"}, 'saved without precision="16-mixed", received precision='),
+        ({"optimizer": lambda parameters: torch.optim.Adam(parameters[:2])}, r"optimizer of \[6\] parameters by group"),
+    ],
+)
+def test_a_file_of_another_model_is_refused_and_changes_nothing(
+    tmp_path: Path, other: dict[str, Any], message: str
+) -> None:
+    fitted().save(tmp_path / "file")
+    model = compiled(**other)
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=message):
+        model.load(tmp_path / "file")
+    assert same(snapshot(model), before)
+
+
+def test_a_file_of_another_module_is_refused(tmp_path: Path) -> None:
+    fitted().save(tmp_path / "file")
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    model.compile("adam", "mse")
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the module, which is left as it was\. Missing in the file"
+    ):
+        model.load(tmp_path / "file")
+
+
+def test_a_state_that_save_did_not_write_is_refused(tmp_path: Path) -> None:
+    save_state(tmp_path / "file", {"something": 1})
+    with pytest.raises(CheckpointError, match=r"file is no file of Model\.save: it holds \['something'\]"):
+        compiled().load(tmp_path / "file")
+
+
+def test_a_state_with_half_a_run_is_refused(tmp_path: Path) -> None:
+    fitted().save(tmp_path / "file")
+    state = load_state(tmp_path / "file")
+    del state["run"]["data"]
+    save_state(tmp_path / "file", state)
+    with pytest.raises(CheckpointError, match="what it says of a run is incomplete"):
+        compiled().fit(X, Y, epochs=3, verbose=0, resume_from=tmp_path / "file")
+
+
+def test_weights_are_no_training_state(tmp_path: Path) -> None:
+    fitted().save_weights(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="holds no state but weights. Use load_weights"):
+        compiled().load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("method", ["save", "load"])
+def test_a_model_that_is_not_compiled_says_so(tmp_path: Path, method: str) -> None:
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    with pytest.raises(ValueError, match="Expected a compiled model"):
+        getattr(model, method)(tmp_path / "file")
+
+
+def test_load_within_a_fit_is_refused(tmp_path: Path) -> None:
+    model = fitted()
+    model.save(tmp_path / "file")
+    loading = LambdaCallback(on_epoch_end=lambda epoch, logs: model.load(tmp_path / "file"))
+    with pytest.raises(ValueError, match="called from within a fit of the same Model"):
+        model.fit(X, Y, epochs=1, verbose=0, callbacks=[loading])
+
+
+def test_a_callback_whose_state_cannot_be_kept_safely_says_where(tmp_path: Path) -> None:
+    class Hoarding(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"when": tmp_path}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise AssertionError
+
+    model = compiled()
+    model.fit(X, Y, epochs=1, verbose=0, callbacks=[Hoarding()])
+    with pytest.raises(TypeError, match=r"state\['run'\]\['callbacks'\]\['Hoarding'\]\['when'\]"):
+        model.save(tmp_path / "file")
+
+
+def test_a_root_module_that_was_in_eval_mode_is_trained_when_a_saved_run_goes_on(tmp_path: Path) -> None:
+    model = fitted()
+    model.module.eval()
+    model.save(tmp_path / "file")
+    fresh, modes = compiled(), []
+    looking = LambdaCallback(on_train_batch_begin=lambda batch, logs: modes.append(fresh.module.training))
+    fresh.fit(X, Y, epochs=3, verbose=0, callbacks=[looking], resume_from=tmp_path / "file")
+    assert modes == [True]
+
+
+def test_random_numbers_go_on_from_a_plain_state() -> None:
+    device = torch.device("cpu")
+    random.gauss(0, 1)
+    np.random.randn()
+    state = plain_random_state(random_state(device))
+    expected = (random.gauss(0, 1), np.random.randn(), torch.rand(3).tolist())
+    restore_random_state(random_state_of(state), device)
+    assert (random.gauss(0, 1), np.random.randn(), torch.rand(3).tolist()) == expected
+
+
+@given(data=st.data())
+def test_a_flipped_byte_is_an_error_that_names_the_file_or_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("flip") / "file"
+    model = fitted()
+    model.save(path)
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    fresh = compiled()
+    before = snapshot(fresh)
+    with pytest.raises(CheckpointError, match="file"):
+        fresh.load(path)
+    assert same(snapshot(fresh), before)
+
+
+@given(length=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_an_error_that_names_it(tmp_path_factory: pytest.TempPathFactory, length: float) -> None:
+    path = tmp_path_factory.mktemp("cut") / "file"
+    fitted().save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * length)])
+    with pytest.raises(CheckpointError, match="file"):
+        compiled().fit(X, Y, epochs=3, verbose=0, resume_from=path)
