@@ -65,7 +65,7 @@ class Callback:
 
     @property
     def state_key(self) -> str:
-        """Under which the state is kept in a file: found again when callbacks are added, left out or reordered."""
+        """Under which the state is kept in a file; found again when callbacks are added, left out or reordered."""
         return type(self).__name__
 
     def set_model(self, model: ModelProtocol) -> None:
