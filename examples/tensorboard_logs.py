@@ -1,6 +1,6 @@
 """A run for TensorBoard: losses, learning rate, gradient norms, histograms, the graph and hyperparameters.
 
-Two runs are written into the folder logs, to be compared in `tensorboard --logdir logs`; no TensorFlow is needed. Then
+Two runs are written below the folder logs, to be compared in `tensorboard --logdir logs`; no TensorFlow is needed. Then
 the files are read back, and what is in them is printed.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 
 import torch
 from sklearn.datasets import load_digits
@@ -21,6 +22,7 @@ if importlib.util.find_spec("tensorboard") is None:
     sys.exit()
 
 torch.set_num_threads(1)  # For a module this small, more threads would mostly wait for each other.
+folder = f"logs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
 digits = load_digits()
 x, y = (digits.data / 16).astype("float32"), digits.target
 
@@ -29,7 +31,7 @@ for rate in (0.01, 0.1):
     model = fitkit.Model(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)))
     model.compile("sgd", "cross_entropy", metrics=["accuracy"], learning_rate=rate)
     board = TensorBoard(
-        f"logs/rate_{rate}",
+        f"{folder}/rate_{rate}",
         histogram_freq=2,
         write_graph=True,
         update_freq=10,
@@ -41,12 +43,10 @@ for rate in (0.01, 0.1):
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-for folder in ("train", "validation"):
-    events = EventAccumulator(f"logs/rate_0.1/{folder}").Reload()
+for part in ("train", "validation"):
+    events = EventAccumulator(f"{folder}/rate_0.1/{part}").Reload()
     tags = events.Tags()
-    print(
-        f"\nlogs/rate_0.1/{folder}: graph {tags['graph']}, histograms of {', '.join(tags['histograms']) or 'nothing'}"
-    )
+    print(f"\n{folder}/rate_0.1/{part}: {len(tags['histograms'])} histograms, {'a' if tags['graph'] else 'no'} graph")
     for name in tags["scalars"]:
         values = events.Scalars(name)
         print(f"  {name}: {len(values)} values, {values[0].value:.4g} to {values[-1].value:.4g}")
