@@ -1,9 +1,9 @@
 """A language model by characters learns from a text that every Python brings along: the source of argparse.
 
-The text, some 80,000 characters, is cut into windows of 64; for each character the module says what the next one will be,
-and the last windows are kept for validation. The loss is a mean over characters, in nats; divided by ln 2 it is bits per
-character. At the end the model is compared with two that know less, and writes something that looks a little like
-Python.
+The text, some 80,000 characters, is cut into windows of 64; for each character the module says what the next one will
+be, and the last windows are kept for validation. The loss is a mean over characters, in nats; divided by ln 2 it is
+bits per character. At the end the model is compared with two that know less, and writes something that looks a little
+like Python.
 """
 
 from __future__ import annotations
