@@ -123,19 +123,30 @@ class Mean:
         index = torch.where(bad.any(), index, -1)
         self._first_bad = index if self._first_bad is None else torch.where(self._first_bad < 0, index, self._first_bad)
 
+    def _summed_up(self) -> Mean:
+        """This mean with nothing waiting. Here all goes on waiting: who looks, and when, moves no sum's last digit."""
+        if not self._values:
+            return self
+        other = Mean(self._device, adds_up=self._adds_up)
+        other._values, other._weights, other._indices = list(self._values), list(self._weights), list(self._indices)
+        other._sum, other._first_bad = self._sum, self._first_bad
+        other._host_weight, other._weight = self._host_weight, self._weight
+        other._flush()
+        return other
+
     def value(self) -> Tensor:
         """The mean so far as a 0-d tensor on the device; NaN before the first value."""
-        self._flush()
-        if self._sum is None:
+        so_far = self._summed_up()
+        if so_far._sum is None:
             return torch.full((), math.nan, dtype=sum_dtype(self._device), device=self._device)
-        if self._weight is not None:
-            return self._sum / (self._weight + self._host_weight)
-        return self._sum / self._host_weight if self._host_weight else self._sum * math.nan
+        if so_far._weight is not None:
+            return so_far._sum / (so_far._weight + so_far._host_weight)
+        return so_far._sum / so_far._host_weight if so_far._host_weight else so_far._sum * math.nan
 
     def first_bad(self) -> Tensor:
         """The index of the first batch whose value is not finite, -1 when there is none, as a 0-d tensor."""
-        self._flush()
-        return torch.full((), -1, device=self._device) if self._first_bad is None else self._first_bad
+        found = self._summed_up()._first_bad
+        return torch.full((), -1, device=self._device) if found is None else found
 
     def state_dict(self) -> dict[str, Any]:
         """All that is kept. What waits goes on waiting: a save moves no sum's last digit."""

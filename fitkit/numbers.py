@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fitkit._types import OutputMeaning
-from fitkit.batch import copied
+from fitkit.batch import copied, tensors
 from fitkit.computation import Compiled, Outcome, UserStep
 from fitkit.gradients import GradientNorms
 from fitkit.logs import Tally
@@ -89,8 +89,16 @@ class Numbers:
         if self.norms is not None:
             self.norms.load_state_dict(state["norms"])
 
-    def add(self, outcome: Outcome, index: int) -> None:
-        """Takes one batch in, or a part of it; index is the batch's."""
+    def add(self, outcome: Outcome, index: int, batch: Any = None) -> None:
+        """Takes one batch in, or a part of it.
+
+        Args:
+            outcome: what forward and loss made of it.
+            index: of the batch in the epoch.
+            batch: itself; of the first one the size is looked at.
+        """
+        if index == 0 and self.compiled.metrics.names:
+            self.metrics.expect(sum(tensor.nbytes for tensor in tensors(batch)))
         if self.several is None:
             value, weight, _ = outcome.parts[0]
             self.last = value.detach()

@@ -115,7 +115,7 @@ class TrainStep:
                 self.end_batch()
 
         # Numbers stay on the device.
-        self.numbers.add(outcome, index)
+        self.numbers.add(outcome, index, batch)
         self._latest = batch
         self.index = index
 
@@ -305,7 +305,7 @@ class TestStep:
         with self._no_grad:
             with self._autocast:
                 outcome = self._compute(batch, index)
-            self.numbers.add(outcome, index)
+            self.numbers.add(outcome, index, batch)
 
     def finish(self) -> None:
         """Nothing is open at the end of an epoch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -114,3 +114,19 @@ def test_a_small_view_of_a_large_output_does_not_keep_the_large_one() -> None:
         )
     assert len(sizes) == sum(range(1, 10))
     assert max(sizes) == 4 * 4
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_looking_at_numbers_moves_no_digit_of_them(every: int) -> None:
+    class Looking(fitkit.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
+            if batch % every == 0:
+                dict(logs or {})
+
+    def recorded(*callbacks: fitkit.callbacks.Callback) -> dict[str, list[float | None]]:
+        torch.manual_seed(0)
+        x = torch.randn(700, 3)
+        model = compiled(nn.Linear(3, 1), ["mae", "mse", "r2", "spearman"])
+        return model.fit(x, x[:, :1] * 3, batch_size=2, epochs=2, callbacks=list(callbacks), verbose=0).history
+
+    assert recorded(Looking()) == recorded()

@@ -6,7 +6,8 @@ What sums them up, most often a class of torchmetrics, stands in names.py, and w
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,9 @@ from fitkit.metrics.states import Keeper, apart, join_into, load_into, state_of
 # How many batches wait, and how many elements they hold together at most: half a MB of float32. On the CPU a batch of
 # more than CACHED_ELEMENTS does not wait: while it is in the cache, looking at it costs less than laying it aside.
 HELD_BATCHES = 256
+# Small tensors that wait lie between the large ones of later batches, which then find no place where earlier ones were:
+# so many bytes of batches may be lost in that way.
+BATCH_BYTES = 2**23
 HELD_ELEMENTS = 2**17
 CACHED_ELEMENTS = 2**13
 # How many elements of a larger batch are looked at together: 64 MB of float32.
@@ -48,7 +52,12 @@ class Gathering:
         self._most_waiting = CACHED_ELEMENTS if device.type == "cpu" else HELD_ELEMENTS
         self._read = read_values if "regression" in next(iter(metrics.values())).tasks else read_classes
         self._names = ", ".join(repr(key) for key in metrics)
+        self._batch_bytes = 0
         self.reset()
+
+    def expect(self, batch_bytes: int) -> None:
+        """Says how large batches are, before the first of a run is taken in."""
+        self._batch_bytes = batch_bytes
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -57,7 +66,6 @@ class Gathering:
         self._samples = 0
         self._batch_samples = self._batch_elements = 0
         self._are_rows = False
-        self._most_batches = HELD_BATCHES
         self._held: list[tuple[Tensor, ...]] = []
         self._held_elements = 0
         # The metric of each key, and those that are updated: metrics that inherit one update, and are given the same,
@@ -102,9 +110,10 @@ class Gathering:
         self._are_rows = rows[0] is output and rows[1] is target
         self._batch_samples = len(output)
         self._batch_elements = sum(part.numel() for part in rows) + (rows[1].numel() if self._weighted else 0)
-        # Where algorithms must be deterministic, torchmetrics counts with classes x classes x rows of memory.
-        self._most_batches = 1 if torch.are_deterministic_algorithms_enabled() else HELD_BATCHES
         self._shapes = (output.shape, target.shape, target.dtype)
+        # Where algorithms must be deterministic, torchmetrics counts with classes x classes x rows of memory.
+        waiting = 0 if torch.are_deterministic_algorithms_enabled() else BATCH_BYTES // max(1, self._batch_bytes)
+        self._most_batches = max(1, min(HELD_BATCHES, waiting))
 
     def _decide(self, output: Tensor, target: Tensor) -> None:
         """Decides how batches of new shapes are read, and whether that fits the metrics and the batches before."""
@@ -161,11 +170,23 @@ class Gathering:
 
     def compute(self, keys: Collection[str]) -> dict[str, Tensor]:
         """The values over all since reset, 0-d, of those keys that are among these; empty before the first update."""
-        self._sum_up()
         if not self._samples:
             return {}
-        with apart():
+        with self._summed_up(), apart():
             return {key: self._value(key) for key in self.keys if key in keys}
+
+    @contextmanager
+    def _summed_up(self) -> Iterator[None]:
+        """With nothing waiting, until all waits again: who looks, and when, moves no sum's last digit."""
+        held, elements = self._held, self._held_elements
+        kept = [state_of(metric) for metric in self._keepers.values()] if held else []
+        self._sum_up()
+        try:
+            yield
+        finally:
+            for metric, state in zip(self._keepers.values(), kept, strict=bool(kept)):
+                load_into(metric, state, self._device)
+            self._held, self._held_elements = held, elements
 
     def _value(self, key: str) -> Tensor:
         named, (metric, keeper) = self._named[key], self._metrics[key]
@@ -181,18 +202,19 @@ class Gathering:
 
     def state(self) -> dict[str, Any]:
         """All that is kept: nested dicts and lists of tensors, numbers and strings."""
-        self._sum_up()
-        return {
-            "reading": None if self._reading is None else asdict(self._reading),
-            "samples": self._samples,
-            "metrics": [state_of(metric) for metric in self._keepers.values()],
-        }
+        with self._summed_up():
+            return {
+                "reading": None if self._reading is None else asdict(self._reading),
+                "samples": self._samples,
+                "metrics": [state_of(metric) for metric in self._keepers.values()],
+            }
 
     def waiting_state(self) -> dict[str, Any]:
         """As `state`, but what waits goes on waiting: a save moves no sum's last digit."""
         held, elements, shapes = self._held, self._held_elements, self._shapes
         self._held = []
-        kept = {**self.state(), "held": [list(rows) for rows in held], "shapes": shapes}
+        waiting = {"held": [list(rows) for rows in held], "shapes": shapes, "batch_bytes": self._batch_bytes}
+        kept = {**self.state(), **waiting}
         self._held, self._held_elements = held, elements
         return kept
 
@@ -203,6 +225,7 @@ class Gathering:
             return
         self._build(Reading(**state["reading"]))
         self._samples = state["samples"]
+        self._batch_bytes = state.get("batch_bytes", 0)
         self._held = [tuple(part.to(self._device) for part in rows) for rows in state.get("held", ())]
         self._held_elements = sum(part.numel() for rows in self._held for part in rows)
         if state.get("shapes") is not None:

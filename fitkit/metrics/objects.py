@@ -101,6 +101,9 @@ class TorchmetricsMetric:
 
         return [module for module in self._metric.modules() if isinstance(module, Metric)]
 
+    def expect(self, batch_bytes: int) -> None:
+        """Nothing waits here."""
+
     def reset(self) -> None:
         self._metric.reset()
         self._has_data = False

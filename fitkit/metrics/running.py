@@ -64,6 +64,11 @@ class RunningMetrics:
             weight = None if sample_weight is None else sample_weight[index]
             part.update(outputs[index], targets[index], weight)
 
+    def expect(self, batch_bytes: int) -> None:
+        """Says how large batches are, by which it is decided how many outputs wait."""
+        for _, part in self._parts:
+            part.expect(batch_bytes)
+
     def compute(self, names: Collection[str] | None = None, *, across_processes: bool = False) -> dict[str, Tensor]:
         """The values over all batches since reset, as 0-d tensors on the device, in the order of `names`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -264,3 +266,32 @@ def test_a_subclass_of_tensor_dataset_gives_its_own_samples() -> None:
 def test_arrays_that_make_no_batches_are_refused(parts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         arrays(*parts)
+
+
+FLAT = """
+import sys
+import numpy, torch, fitkit
+from torch import nn
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+x = numpy.memmap(sys.argv[1], dtype="float32", mode="w+", shape=(65536, 1024))
+y = numpy.zeros(65536, dtype="int64")
+model = fitkit.Model(nn.Linear(1024, 2), device="cpu")
+model.compile("sgd", "cross_entropy", ["accuracy"])
+seen = []
+look = fitkit.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(anonymous()))
+model.fit(x[:512], y[:512], batch_size=512, epochs=1, callbacks=[look], verbose=0)
+model.fit(x, y, batch_size=512, epochs=2, callbacks=[look], verbose=0)
+print(max(seen) - seen[0])
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory in use")
+def test_a_file_larger_than_what_is_held_trains_in_flat_memory(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FLAT, str(tmp_path / "x")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    # The file has 256 MB, the largest batch 2.
+    assert int(run.stdout) < 40 * 1024
