@@ -191,7 +191,7 @@ class History:
             metrics: keys without ``val_``, such as "loss"; None draws all but the gradient norms of single parameters.
 
         Returns:
-            A figure of its own, unknown to pyplot: ``figure.savefig(path)`` writes it.
+            A figure of its own, unknown to pyplot; ``figure.savefig(path)`` writes it.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -62,7 +62,7 @@ class LearningRateCurve:
 
     @property
     def smoothed(self) -> list[float]:
-        """The losses without the noise of single batches: a mean over neighbours on both sides, so nothing shifts."""
+        """The losses without the noise of single batches; a mean over neighbours on both sides, so nothing shifts."""
         finite = [loss for loss in self.losses if math.isfinite(loss)]
         if not finite:
             return list(self.losses)

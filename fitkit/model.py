@@ -173,7 +173,7 @@ class Model:
 
     @property
     def metrics_names(self) -> list[str]:
-        """The keys of what `evaluate` returns, in order: loss, each output's loss, metrics."""
+        """The loss, each output's loss and the metrics, in the order in which `evaluate` returns them."""
         compiled = self._require_compiled()
         names = [] if compiled.losses is None or compiled.losses.names is None else compiled.losses.names
         active = [] if compiled.losses is None else compiled.losses.active

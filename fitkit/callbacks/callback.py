@@ -65,7 +65,7 @@ class Callback:
 
     @property
     def state_key(self) -> str:
-        """Under which the state is kept in a file: found again when callbacks are added, left out or reordered."""
+        """Under which the state is kept in a file; found again when callbacks are added, left out or reordered."""
         return type(self).__name__
 
     def set_model(self, model: ModelProtocol) -> None:
@@ -86,7 +86,7 @@ class Callback:
         """Called before the first batch of an epoch."""
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Called after an epoch's last batch and its validation; logs has its numbers, those of validation as val_."""
+        """Called after an epoch's last batch and its validation; logs has its numbers, validation's as ``val_``."""
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Called before a batch is trained on."""
@@ -98,13 +98,13 @@ class Callback:
         """Called before the first batch of a validation or an evaluate."""
 
     def on_test_end(self, logs: Mapping[str, float] | None = None) -> None:
-        """Called after a validation or an evaluate with its numbers, without the prefix val_."""
+        """Called after a validation or an evaluate with its numbers, without the prefix ``val_``."""
 
     def on_test_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Called before a batch is evaluated."""
 
     def on_test_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Called after a batch is evaluated; lazy logs, without the prefix val_."""
+        """Called after a batch is evaluated; lazy logs, without the prefix ``val_``."""
 
     def on_predict_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Called before the first batch of a predict."""

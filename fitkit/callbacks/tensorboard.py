@@ -39,8 +39,8 @@ class TensorBoard(Callback):
         write_steps_per_second: whether to write "epoch_steps_per_second", batches of training over the time from the
             epoch's beginning to its end.
         update_freq: "epoch", "batch", or the number of batches between two writings of "batch_loss" (of that batch
-            alone), "batch_" and the name of each metric (the epoch's mean so far), "batch_learning_rate" and the total
-            gradient norm of the last step.
+            alone), ``batch_`` and the name of each metric (the epoch's mean so far), "batch_learning_rate" and the
+            total gradient norm of the last step.
         hyperparameters: {name: value} for the page HPARAMS, with the last epoch's numbers as "hparam/loss" and so on;
             values are numbers, strings or booleans.
 
