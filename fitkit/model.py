@@ -374,8 +374,8 @@ class Model:
             fit_arguments: as in `fit`.
 
         Returns:
-            The `Plan`, which prints as a table: batches and optimizer steps, what a step holds, device and precision,
-            trainable parameters, the learning rate at the first and last step, who answers which hook.
+            The `fitkit.plan.Plan`, which prints as a table: batches and optimizer steps, what a step holds, device and
+            precision, trainable parameters, the learning rate at the first and last step, who answers which hook.
 
         Raises:
             ValueError: as `fit`.

@@ -473,6 +473,35 @@ def test_what_cannot_be_saved_is_a_line_to_fill_in(kind: str, folder: Path) -> N
     assert_same(path, model)
 
 
+def test_arrays_that_are_too_large_to_be_copied_are_a_line_to_fill_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fitkit.script.sources.MOST_BYTES", 1000)
+    model, path = compiled(), folder / "large.py"
+    model.to_script(path, data=X, y=LABELS, epochs=2)
+    torch.save([X, LABELS], folder / "filled.pt")
+    assert not (folder / "large_data.pt").exists()
+    path.write_text(path.read_text().replace("arrays = ...", 'arrays = torch.load(HERE / "filled.pt")'))
+    model.fit(X, LABELS, epochs=2, verbose=0)
+    run_here(path)
+    assert_same(path, model)
+
+
+def test_overfitting_a_loader_that_shuffles_is_refused(tmp_path: Path) -> None:
+    loader = DataLoader(Pairs(), batch_size=8, shuffle=True)
+    with pytest.raises(ValueError, match="received overfit_pct: a DataLoader whose order it changes"):
+        compiled().to_script(tmp_path / "run.py", data=loader, epochs=1, overfit_pct=0.5)
+
+
+def test_a_tensor_loader_is_overfitted_in_order(folder: Path) -> None:
+    loader = DataLoader(TensorDataset(X, LABELS), batch_size=8, shuffle=True)
+    model, path = compiled(), folder / "overfit_loader.py"
+    model.to_script(path, data=loader, epochs=2, overfit_pct=0.5)
+    model.fit(loader, epochs=2, overfit_pct=0.5, verbose=0)
+    run_here(path)
+    assert_same(path, model)
+
+
 def test_a_class_whose_making_is_unknown_is_left_to_fill_in(folder: Path) -> None:
     model, path = compiled(nets().Secret([5])), folder / "secret.py"
     model.to_script(path, data=X, y=LABELS, epochs=1)

@@ -117,6 +117,11 @@ class ArrayBatches(Batches):
         return {"the number of samples": self.samples, "batch_size": self._batch_size, "shuffle": self._shuffle}
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that a copy of all the data takes."""
+        return self.samples * sum(rows.row_bytes for rows in self._rows)
+
+    @property
     def shuffles(self) -> bool:
         """Whether each pass has an order of its own."""
         return self._shuffle

@@ -72,12 +72,12 @@ def source_of(plan: EpochPlan, given: Any, name: str, limit: str | None, counted
     if data.length is None or not data.again:
         raise unknown(argument, "data without a length, or that can be read once", "Pass a DataLoader, or arrays.")
     arguments = _loader_arguments(data)
-    x, y, w = unpack(_first(data, whole=arguments is not None))
+    fills_in = arguments is None or _bytes(data) > MOST_BYTES
+    x, y, w = unpack(_first(data, whole=not fills_in))
     inputs, keywords, tensors = _inputs(x, argument)
     if not isinstance(y, Tensor) or not isinstance(w, (Tensor, type(None))):
         raise unknown(argument, "batches that are not (x, y) with one tensor y", "Write the loop by hand.")
     saved = [*tensors, y, *([] if w is None else [w])]
-    fills_in = arguments is None or sum(tensor.nbytes for tensor in saved) > MOST_BYTES
     casts = {}
     if fills_in:
         if isinstance(given, DataLoader) and isinstance(data, LoaderBatches) and data.loader is not given:
@@ -127,6 +127,11 @@ def _loader_arguments(data: Any) -> list[str] | None:
     return [*arguments, *(["drop_last=True"] if batching.drop_last else [])]
 
 
+def _bytes(data: Any) -> int:
+    """Bytes of arrays, or of the tensors of a loader."""
+    return data.nbytes if isinstance(data, ArrayBatches) else sum(each.nbytes for each in data.loader.dataset.tensors)
+
+
 def _first(data: Any, *, whole: bool) -> Any:
     """All the data as one batch, or its first batch; random numbers that this draws are put back by the caller."""
     if whole and isinstance(data, ArrayBatches):
@@ -150,6 +155,12 @@ def _inputs(x: Any, argument: str) -> tuple[tuple[str, ...], tuple[str, ...] | N
 
 def _left_open(name: str, given: Any, data: Any) -> list[str]:
     """The lines that are left to who has the data."""
+    if isinstance(data, ArrayBatches):
+        given_to_loader = ", ".join(["TensorDataset(*arrays)", *(_loader_arguments(data) or [])])
+        return [
+            "arrays = ...  # FILL THIS IN: the tensors (x, y), which are too large to be copied",
+            f"{name} = DataLoader({given_to_loader})",
+        ]
     if not isinstance(data, LoaderBatches) or isinstance(given, DataLoader):
         return [f"{name} = ...  # FILL THIS IN: the {type(given).__name__} that fit was given"]
     loader: Any = data.loader
