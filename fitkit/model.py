@@ -32,7 +32,7 @@ from fitkit.history import History
 from fitkit.learning_rate_finder import LearningRateCurve, RangeTest, undone
 from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import FittingParts, report_size, split_by
-from fitkit.optimization import OptimizerArgument, make_optimizer
+from fitkit.optimization import OptimizerArgument, follow_parameters, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.plan import Plan, make_plan
 from fitkit.script import write_script
@@ -157,6 +157,8 @@ class Model:
             losses.to(self.device, torch.float64 if precision == "64-true" else None)
         if precision == "64-true":
             self.module.double()
+            if made is not None:
+                follow_parameters(made)
         if channels_last:
             self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
         self._compiled = Compiled(

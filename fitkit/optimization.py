@@ -129,6 +129,17 @@ def _refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
         )
 
 
+def follow_parameters(optimizer: Optimizer) -> None:
+    """Gives what an optimizer keeps for each parameter that parameter's dtype, after it has changed.
+
+    Some, such as Adagrad, begin to keep it when they are made.
+    """
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and name != "step" and value.shape == parameter.shape:
+                kept[name] = value.to(parameter.dtype) if value.is_floating_point() else value
+
+
 def learning_rates(optimizer: Optimizer) -> list[float]:
     """The learning rate of each parameter group."""
     return [float(group["lr"]) for group in optimizer.param_groups]

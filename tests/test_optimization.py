@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import fitkit
 from fitkit.optimization import known_optimizers, make_optimizer
 
 
@@ -115,3 +116,13 @@ def test_anything_else_is_no_optimizer(optimizer: Any) -> None:
 def test_a_callable_that_makes_no_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match="to return an optimizer"):
         make_optimizer(lambda parameters: 3, nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("name", sorted(set(known_optimizers()) - {"lbfgs", "sparseadam", "muon"}))
+def test_every_optimizer_trains_in_float64(name: str) -> None:
+    model = fitkit.Model(nn.Linear(3, 2), device="cpu")
+    model.compile(name, "mse", precision="64-true")
+    before = model.module.weight.detach().clone()
+    model.fit(torch.randn(8, 3), torch.randn(8, 2), epochs=2, verbose=0)
+    assert model.module.weight.dtype == torch.float64
+    assert not torch.equal(model.module.weight, before)

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -426,6 +427,13 @@ def test_a_second_fit_goes_on_with_optimizer_and_random_numbers(folder: Path) ->
     assert_same(path, model)
 
 
+def test_a_state_that_torch_does_not_load_exactly_is_refused(tmp_path: Path) -> None:
+    model = compiled(optimizer="nadam", precision="64-true")
+    model.fit(X, LABELS, epochs=1, verbose=0)
+    with pytest.raises(ValueError, match="one that keeps mu_product as torch.float32"):
+        model.to_script(tmp_path / "run.py", data=X, y=LABELS, epochs=1)
+
+
 def test_groups_of_submodules_keep_their_rates(folder: Path) -> None:
     net, path = make_net(), folder / "groups.py"
     groups = [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[4].parameters(), "momentum": 0.9}]
@@ -554,6 +562,39 @@ def test_writing_a_script_changes_nothing(folder: Path) -> None:
     assert torch.equal(before[1], after[1])
     assert torch.equal(before[2], after[2])
     assert before[3] is after[3]
+
+
+CHOICES: dict[str, list[dict[str, Any]]] = {
+    "epochs": [{"epochs": 1}, {"epochs": 4}, {"epochs": 3, "initial_epoch": 1}, {"epochs": 3, "min_nb_epochs": 2}],
+    "batches": [{"batch_size": 10}, {"batch_size": 32, "shuffle": False}, {"batch_size": 300}],
+    "windows": [{}, {"accumulate_grad_batches": 3}, {"accumulate_grad_batches": {1: 3}}],
+    "clipping": [{}, {"gradient_clip_val": 0.01}, {"gradient_clip_val": 1}],
+    "norms": [{}, {"track_grad_norm": 2}, {"track_grad_norm": "inf"}],
+    "part": [{}, {"train_percent_check": 0.77}, {"overfit_pct": 0.4}, {"steps_per_epoch": 1}],
+    "validation": [{}, {"validation_split": 0.25}, {"validation_split": 0.25, "validation_freq": [1, 3]}],
+    "nonfinite": [{"on_nonfinite": "raise"}, {"on_nonfinite": "ignore"}, {"on_nonfinite": "stop"}],
+    "weights": [{}, {"sample_weight": WEIGHTS}, {"class_weight": {1: 2.0}}],
+    "callbacks": [
+        {},
+        scheduled(lambda o: lr_scheduler.ExponentialLR(o, 0.9), interval="step"),
+        {"callbacks": EarlyStopping("loss", patience=1, mode="max", restore_best_weights=True)},
+    ],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(60))
+def test_any_settings_together_end_with_the_weights_of_fit(seed: int, folder: Path) -> None:
+    chosen = random.Random(seed)
+    arguments = {name: value for each in CHOICES.values() for name, value in chosen.choice(each).items()}
+    net = chosen.choice([make_net, frozen])()
+    optimizer = chosen.choice(["adam", "sgd", "rmsprop", "adagrad", "nadam"])
+    model = compiled(net, optimizer=optimizer, precision=chosen.choice(["32-true", "bf16-mixed", "64-true"]))
+    path, y = folder / f"any_{seed}.py", chosen.choice([LABELS, IGNORING])
+    model.to_script(path, data=X, y=y, **arguments)
+    model.fit(X, y, verbose=0, **arguments)
+    run_here(path)
+    assert_same(path, model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

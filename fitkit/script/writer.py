@@ -98,6 +98,13 @@ def _check(run: FitRun, compiled: Compiled) -> None:
         raise unknown("resume_from", str(run.progress.saved[1]), "Load it with model.load(path) first.")
     if compiled.optimizer is None:
         raise unknown("compile(optimizer=...)", "nothing to train", by_hand)
+    for parameter, kept in compiled.optimizer.state.items():
+        for name, value in kept.items():
+            # torch gives all but the step the parameter's dtype when it loads a state.
+            floats = name != "step" and isinstance(value, torch.Tensor) and value.is_floating_point()
+            if floats and value.dtype != parameter.dtype:
+                what = f"one that keeps {name} as {value.dtype}, which torch does not load as it was"
+                raise unknown("compile(optimizer=...)", what, "Compile anew, for a run from the beginning.")
 
 
 class _Writer:
