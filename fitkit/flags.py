@@ -1,18 +1,19 @@
 """The arguments of fit that shape a training run, checked and resolved.
 
-`TrainingFlags` is what the loop and the steps read. Each argument is checked here, before the first batch, and
-nowhere else; what needs the data or the callbacks to be checked is checked where these are known.
+`FitArguments` is what came, `TrainingFlags` what the loop and the steps read. Each argument is checked here, before
+the first batch, and nowhere else; what needs the data or the callbacks to be checked is checked where these are known.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Real
 from typing import Any
 
-from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
+from fitkit.errors import check_choice, check_flag, check_integer, check_number, nearest, show
 
 
 class _NobodyAsked(int):
@@ -20,6 +21,60 @@ class _NobodyAsked(int):
 
 
 MAX_NB_EPOCHS = _NobodyAsked(1000)
+
+
+@dataclass(frozen=True)
+class FitArguments:
+    """The arguments of one `Model.fit`, as they came; the names are its own, and what they mean stands there."""
+
+    data: Any
+    y: Any
+    _: KW_ONLY
+    batch_size: int | None
+    epochs: int | None
+    verbose: int | str
+    callbacks: Any
+    validation_split: float
+    validation_data: Any
+    shuffle: bool | None
+    class_weight: Any
+    sample_weight: Any
+    initial_epoch: int
+    steps_per_epoch: int | None
+    validation_steps: int | None
+    validation_batch_size: int | None
+    validation_freq: Any
+    min_nb_epochs: int
+    max_nb_epochs: int
+    early_stop_callback: Any
+    enable_early_stop: bool
+    accumulate_grad_batches: int | Mapping[int, int]
+    gradient_clip_val: float
+    track_grad_norm: float | str
+    train_percent_check: float
+    val_percent_check: float
+    overfit_pct: float
+    micro_batch_size: int | str | None
+    on_nonfinite: str
+    resume_from: Any
+    dataloader_options: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, fit: Callable[..., Any], data: Any, y: Any, others: Mapping[str, Any]) -> FitArguments:
+        """The arguments of a call of fit, with its defaults.
+
+        Raises:
+            TypeError: others has an argument that fit has not.
+        """
+        defaults = {name: each.default for name, each in list(inspect.signature(fit).parameters.items())[3:]}
+        for name in others:
+            if name not in defaults:
+                raise TypeError(f"fit() got an unexpected keyword argument {name!r}.{nearest(name, defaults)}")
+        return cls(data, y, **{**defaults, **others})
+
+    def flags(self) -> TrainingFlags:
+        """The arguments that are flags, checked."""
+        return TrainingFlags(**{each.name: getattr(self, each.name) for each in fields(TrainingFlags) if each.init})
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from fitkit.callbacks import Callback
 from fitkit.computation import Compiled
+from fitkit.data import kept_generators
 from fitkit.device import copy_back, kept_random_state
 from fitkit.errors import check_integer, check_number
 from fitkit.gradients import kept_gradients
@@ -230,9 +230,9 @@ def undone(compiled: Compiled, data: Any) -> Iterator[None]:
     """
     parameters = held_parameters(compiled)
     weights = [(parameter, parameter.detach().clone()) for parameter in parameters]
-    generators = [(generator, generator.get_state()) for generator in _generators(data)]
     with ExitStack() as stack:
         stack.enter_context(kept_random_state(compiled.device))
+        stack.enter_context(kept_generators(data))
         stack.enter_context(kept_gradients(parameters))
         stack.enter_context(torch.no_grad())
         stack.enter_context(kept_buffers(compiled.module))
@@ -244,8 +244,6 @@ def undone(compiled: Compiled, data: Any) -> Iterator[None]:
                 yield
         finally:
             copy_back(weights)
-            for generator, state in generators:
-                generator.set_state(state)
             if compiled.scaler is not None and scale is not None:
                 compiled.scaler.load_state_dict(scale)
 
@@ -271,12 +269,3 @@ def _kept_optimizer(optimizer: Optimizer) -> Iterator[None]:
                     group[name].copy_(value)  # others may hold the same tensor
                 else:
                     group[name] = value
-
-
-def _generators(data: Any) -> list[torch.Generator]:
-    """The random generators that a DataLoader has of its own."""
-    if not isinstance(data, DataLoader):
-        return []
-    samplers = [data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None)]
-    found = [data.generator, *(getattr(sampler, "generator", None) for sampler in samplers)]
-    return [generator for generator in found if isinstance(generator, torch.Generator)]

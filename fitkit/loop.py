@@ -52,6 +52,7 @@ from fitkit.data import EpochPlan
 from fitkit.device import kept_modes, kept_random_state
 from fitkit.errors import NonFiniteLossError, add_note
 from fitkit.flags import TrainingFlags
+from fitkit.history import History
 from fitkit.steps import PredictStep, TestStep, TrainStep
 from fitkit.training_state import Progress
 
@@ -101,7 +102,7 @@ class PredictRun:
 
 @dataclass(frozen=True)
 class FitRun:
-    """One fit: the training step, what takes a batch to it, the validation if there is one, who listens, the flags.
+    """One fit: the training step, what takes a batch to it, the validation if there is one, who listens, what records.
 
     Where it is, and how it goes on from a file, is its progress.
     """
@@ -115,6 +116,7 @@ class FitRun:
     validation: TestRun | None
     callbacks: Sequence[Any]
     progress: Progress
+    history: History
 
 
 def fit(run: FitRun) -> None:

@@ -23,10 +23,10 @@ from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
 from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.checkpoints import load_weights, save_state, save_weights
 from fitkit.computation import ClassWeight, Compiled, total_loss
-from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
+from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches, kept_generators
 from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device, room_for_data
 from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
-from fitkit.flags import MAX_NB_EPOCHS, TrainingFlags
+from fitkit.flags import MAX_NB_EPOCHS, FitArguments, TrainingFlags
 from fitkit.gradients import kept_gradients, norm_names
 from fitkit.history import History
 from fitkit.learning_rate_finder import LearningRateCurve, RangeTest, undone
@@ -34,6 +34,8 @@ from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import FittingParts, report_size, split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
 from fitkit.output_losses import OutputLosses
+from fitkit.plan import Plan, make_plan
+from fitkit.script import write_script
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import summarize, summarize_remembered
 from fitkit.training_state import Progress, check_model, model_state, read_training_state, restore_model
@@ -269,65 +271,146 @@ class Model:
             NonFiniteLossError: a training loss was not finite (a FloatingPointError).
             CheckpointError: the file to resume from is damaged, or of a run with other numbers (a ValueError).
         """
-        compiled = self._require_compiled()
         if self._progress is not None:
             raise ValueError("fit(...) was called from within a fit of the same Model. Use train_on_batch there.")
-        flags = TrainingFlags(
-            epochs=epochs,
-            initial_epoch=initial_epoch,
-            min_nb_epochs=min_nb_epochs,
-            max_nb_epochs=max_nb_epochs,
-            enable_early_stop=enable_early_stop,
-            accumulate_grad_batches=accumulate_grad_batches,
-            gradient_clip_val=gradient_clip_val,
-            track_grad_norm=track_grad_norm,
-            train_percent_check=train_percent_check,
-            val_percent_check=val_percent_check,
-            overfit_pct=overfit_pct,
-            steps_per_epoch=steps_per_epoch,
-            validation_steps=validation_steps,
-            validation_freq=validation_freq,  # type: ignore[arg-type]
-            micro_batch_size=micro_batch_size,
-            on_nonfinite=on_nonfinite,
+        run = self._prepare(
+            FitArguments(
+                data,
+                y,
+                batch_size=batch_size,
+                epochs=epochs,
+                verbose=verbose,
+                callbacks=callbacks,
+                validation_split=validation_split,
+                validation_data=validation_data,
+                shuffle=shuffle,
+                class_weight=class_weight,
+                sample_weight=sample_weight,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_steps=validation_steps,
+                validation_batch_size=validation_batch_size,
+                validation_freq=validation_freq,
+                min_nb_epochs=min_nb_epochs,
+                max_nb_epochs=max_nb_epochs,
+                early_stop_callback=early_stop_callback,
+                enable_early_stop=enable_early_stop,
+                accumulate_grad_batches=accumulate_grad_batches,
+                gradient_clip_val=gradient_clip_val,
+                track_grad_norm=track_grad_norm,
+                train_percent_check=train_percent_check,
+                val_percent_check=val_percent_check,
+                overfit_pct=overfit_pct,
+                micro_batch_size=micro_batch_size,
+                on_nonfinite=on_nonfinite,
+                resume_from=resume_from,
+                dataloader_options=dataloader_options,
+            )
         )
-        batching = self._batching(batch_size, shuffle, training=True, loader_options=dataloader_options)
-        validating = self._validation_batching(batching, validation_batch_size)
-        training, held_out = as_split_batches(data, y, sample_weight, batching, validation_split, validating.batch_size)
-        held_out = _validation_batches(validation_data, held_out, validating, validation_split)
+        self.history = run.history
+        with self._fitting(run.progress, run.take_batch):
+            loop.fit(run)
+        return self.history
+
+    def _prepare(self, given: FitArguments, *, introduces: bool = True) -> loop.FitRun:
+        """A run with all of its arguments checked; what is trained, and what draws or reads data, is as it was.
+
+        Args:
+            given: the arguments of `fit`.
+            introduces: whether callbacks are told of the model and the run; they need it before their first hook.
+        """
+        compiled = self._require_compiled()
+        flags = given.flags()
+        batching = self._batching(
+            given.batch_size, given.shuffle, training=True, loader_options=given.dataloader_options
+        )
+        validating = self._validation_batching(batching, given.validation_batch_size)
+        training, held_out = as_split_batches(
+            given.data, given.y, given.sample_weight, batching, given.validation_split, validating.batch_size
+        )
+        held_out = _validation_batches(given.validation_data, held_out, validating, given.validation_split)
         training, held_out = self._kept_on_device(training, held_out)
         step = TrainStep(
             compiled,
             self._overridden("training_step"),
-            self._class_weight(class_weight, sample_weight),
+            self._class_weight(given.class_weight, given.sample_weight),
             gradient_clip_val=flags.gradient_clip_val,
             norm_order=float(flags.track_grad_norm),
             owns_batches=training.owned,
         )
         batches = _training_plan(training, flags, self.device)
-        level = resolve_verbose(verbose)
-        validation_plan = _validation_plan(held_out, flags, validation_batch_size)
+        level = resolve_verbose(given.verbose)
+        validation_plan = _validation_plan(held_out, flags, given.validation_batch_size)
         measured = held_out is not None and any(map(flags.validates, range(flags.initial_epoch, flags.last_epoch)))
-        chosen = self._callbacks(callbacks, early_stop_callback, flags, validates=measured)
+        chosen = self._callbacks(given.callbacks, given.early_stop_callback, flags, validates=measured)
         self._check_monitors(chosen, flags, validates=measured)
         self._check_steps(validates=held_out is not None)
-        self._check_parts(training, "data", class_weight)
+        self._check_parts(training, "data", given.class_weight)
         self._check_parts(held_out, "validation_data")
 
-        params = _params(flags, batches, validation_plan, level)
-        hooks = self._hooks(chosen, params, history := History())
+        history = History()
+        history.params = _params(flags, batches, validation_plan, level)
+        hooks = self._hooks(chosen, history.params, history, introduces=introduces)
         parts = split_by(flags, step)
-        facts = _facts(flags, batches, validation_plan, class_weight, compiled)
+        facts = _facts(flags, batches, validation_plan, given.class_weight, compiled)
         sizes = parts if isinstance(parts, FittingParts) else None
         noted = type(self) is not Model or not all(isinstance(each, EarlyStopping) for each in chosen)
         progress = Progress(self, compiled, flags, facts, step, sizes, batches, validation_plan, chosen, hooks, noted)
-        progress.saved = self._saved_state(resume_from, chosen, progress)
+        progress.saved = self._saved_state(given.resume_from, chosen, progress)
         validation = None
         if validation_plan is not None:
             validation = loop.TestRun(self, self._test_step(compiled, held_out), validation_plan, hooks)
-        self.history, history.params = history, params
-        with self._fitting(progress, parts):
-            loop.fit(loop.FitRun(self, step, batches, hooks, flags, parts, validation, chosen, progress))
-        return self.history
+        return loop.FitRun(self, step, batches, hooks, flags, parts, validation, chosen, progress, history)
+
+    def plan(self, data: Any, y: Any = None, **fit_arguments: Any) -> Plan:
+        """What `fit` would do with these arguments, as a table: it trains nothing and changes nothing.
+
+        Arguments that fit would refuse are refused with the same words. Learning rate schedules are run through on a
+        copy; a callable that makes a scheduler is called once with an optimizer over nothing.
+
+        Args:
+            data: as in `fit`; no batch of it is read.
+            y: as in `fit`.
+            fit_arguments: as in `fit`.
+
+        Returns:
+            The `Plan`, which prints as a table: batches and optimizer steps, what a step holds, device and precision,
+            trainable parameters, the learning rate at the first and last step, who answers which hook.
+
+        Raises:
+            ValueError: as `fit`.
+            TypeError: as `fit`.
+        """
+        given = FitArguments.of(Model.fit, data, y, fit_arguments)
+        with kept_random_state(self.device), kept_generators(data, given.validation_data):
+            return make_plan(self._prepare(given, introduces=False), self._require_compiled())
+
+    def to_script(self, path: str | os.PathLike[str], **fit_arguments: Any) -> None:
+        """Writes the run that `fit` would be as one short plain PyTorch script, which needs no fitkit.
+
+        The script begins with the weights, the optimizer's state and the random numbers of now, and ends with the
+        weights that fit would end with, bit for bit. Arrays are saved beside it, as ``<name>_data.pt``, the weights
+        as ``<name>_start.pt``; for Datasets and loaders it has a function to fill in. Metrics and callbacks that only
+        watch are left out.
+
+        Args:
+            path: of the script; the name ends in ``.py``.
+            fit_arguments: as in `fit`, data among them.
+
+        Raises:
+            ValueError: as `fit`; or an argument that a plain script cannot say, which is named. Nothing is written.
+            TypeError: as `fit`.
+            OSError: a file cannot be written.
+        """
+        if "data" not in fit_arguments:
+            raise TypeError("Expected what fit is given, received no data. Write to_script(path, data=..., ...).")
+        rest = {name: value for name, value in fit_arguments.items() if name not in ("data", "y")}
+        given = FitArguments.of(Model.fit, fit_arguments["data"], fit_arguments.get("y"), rest)
+        state = torch.get_rng_state()
+        with kept_random_state(self.device), kept_generators(given.data, given.validation_data):
+            run = self._prepare(given, introduces=False)
+            torch.set_rng_state(state)
+            write_script(path, run, self._require_compiled(), given)
 
     def evaluate(
         self,
@@ -825,13 +908,15 @@ class Model:
             # What one adds, those after it can watch.
             known += callback.adds_to_logs or ()
 
-    def _hooks(self, callbacks: Sequence[Callback], params: dict[str, Any], *more: Any) -> HookTable:
+    def _hooks(
+        self, callbacks: Sequence[Callback], params: dict[str, Any], *more: Any, introduces: bool = True
+    ) -> HookTable:
         """Introduces the callbacks to the model, and lists who answers which hook."""
         listeners = list(callbacks)
         bars = []
         if params["verbose"] and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             bars.append(ProgressBar())
-        for callback in [*listeners, *bars]:
+        for callback in [*listeners, *bars] if introduces else []:
             callback.set_model(self)
             callback.set_params(params)
         return HookTable([*listeners, *more, *bars])

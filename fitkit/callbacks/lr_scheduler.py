@@ -31,6 +31,9 @@ class LRScheduler(MonitorCallback):
         monitor: the key of the epoch's logs that torch's ReduceLROnPlateau is given, in epochs in which it was
             measured; None for every other scheduler.
 
+    Attributes:
+        has_monitor: whether the scheduler is given a number.
+
     Raises:
         TypeError: scheduler is neither a torch scheduler nor a callable, or the callable makes none.
         ValueError: interval is unknown; a ReduceLROnPlateau comes without a monitor or with interval="step", another
@@ -59,7 +62,7 @@ class LRScheduler(MonitorCallback):
         super().__init__("loss" if monitor is None else monitor)
         check_choice("interval", interval, ("epoch", "step"))
         self.interval = interval
-        self._has_monitor = monitor is not None
+        self.has_monitor = monitor is not None
         if not isinstance(scheduler, Scheduler) and not callable(scheduler):
             raise TypeError(
                 "Expected a scheduler of torch.optim.lr_scheduler or a callable that makes one from the optimizer, "
@@ -77,11 +80,11 @@ class LRScheduler(MonitorCallback):
     def _check_kind(self, scheduler: Scheduler) -> None:
         name = type(scheduler).__name__
         judges = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
-        if judges and not self._has_monitor:
+        if judges and not self.has_monitor:
             raise ValueError(f'{name} judges a number: pass LRScheduler(..., monitor="val_loss").')
         if judges and self.interval == "step":
             raise ValueError(f'{name} judges the numbers of an epoch; received interval="step". Leave it out.')
-        if not judges and self._has_monitor:
+        if not judges and self.has_monitor:
             raise ValueError(f"{name} looks at no number; received monitor={self.monitor!r}. Leave it out.")
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
@@ -120,7 +123,7 @@ class LRScheduler(MonitorCallback):
         log_learning_rate(self, logs, None if self._rate is None else float(self._rate))
         if self.interval == "step" or self._running is None:
             return
-        if not self._has_monitor:
+        if not self.has_monitor:
             self._running.step()
         elif (value := self.measured(logs or {})) is not None:
             self._running.step(value)  # type: ignore[arg-type]  # a ReduceLROnPlateau, which takes a number

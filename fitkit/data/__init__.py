@@ -5,6 +5,7 @@ What the kinds are is said in one place, here; how each gives its batches is sai
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections import deque
@@ -18,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from fitkit.data.arrays import ArrayBatches
 from fitkit.data.batches import Batches, EpochPlan, known_length
 from fitkit.data.iterables import GeneratorBatches, IterableBatches
-from fitkit.data.loaders import LoaderBatches, check_loader_options, load_dataset, split_dataset
+from fitkit.data.loaders import LoaderBatches, check_loader_options, load_dataset, own_generators, split_dataset
 from fitkit.data.rows import is_array
 from fitkit.data.tensor_loaders import TensorLoaderBatches, is_tensor_loader
 from fitkit.errors import check_flag, check_integer, check_number, show
 
-__all__ = ["Batches", "Batching", "EpochPlan", "as_batches", "as_split_batches"]
+__all__ = ["Batches", "Batching", "EpochPlan", "as_batches", "as_split_batches", "kept_generators"]
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -152,6 +153,18 @@ def as_split_batches(
     training, held_out = split_dataset(data, _first_part(samples, validation_split), samples)
     validating = replace(batching, training=False, shuffle=None, batch_size=validation_size or batching.batch_size)
     return as_batches(training, None, None, batching), as_batches(held_out, None, None, validating)
+
+
+@contextlib.contextmanager
+def kept_generators(*data: Any) -> Iterator[None]:
+    """Leaves the random generators that DataLoaders have of their own as they were."""
+    own = [generator for each in data if isinstance(each, DataLoader) for generator in own_generators(each)]
+    states = [(generator, generator.get_state()) for generator in own]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _first_part(samples: int, validation_split: float) -> int:

@@ -116,6 +116,15 @@ class ArrayBatches(Batches):
     def facts(self) -> dict[str, Any]:
         return {"the number of samples": self.samples, "batch_size": self._batch_size, "shuffle": self._shuffle}
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether each pass has an order of its own."""
+        return self._shuffle
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        return self.samples, self._batch_size
+
     def _from(self, first: int, order: Tensor | None) -> Iterator[Any]:
         size = min(self._batch_size, self.samples)  # torch takes no integers beyond 64 bits
         step = size * self._batches_in_chunk(size)

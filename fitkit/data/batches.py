@@ -51,6 +51,11 @@ class Batches(abc.ABC):
         return {} if self.length is None else {"the number of batches": self.length}
 
     @property
+    def extent(self) -> tuple[int, int] | None:
+        """Samples in one pass, and in each of its batches but a smaller last one; None where the data does not tell."""
+        return None
+
+    @property
     def generators(self) -> list[torch.Generator]:
         """Generators of the data's own, beside torch's global one, from which passes draw."""
         return []
@@ -153,6 +158,29 @@ class EpochPlan:
     def length(self) -> int | None:
         """Batches in one epoch; None when it is not known."""
         return self._limit if self._limit is not None else self._batches.length
+
+    @property
+    def data(self) -> Batches:
+        """What gives the batches."""
+        return self._batches
+
+    @property
+    def limit(self) -> int | None:
+        """Batches in an epoch where that is not one pass."""
+        return self._limit
+
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Samples in an epoch's batches, and in its last one; None where the data does not tell."""
+        if self._batches.extent is None or self.length is None:
+            return None
+        samples, size = self._batches.extent
+        return min(size, samples), min(size, samples - (self.length - 1) * size)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """As `Batches.generators`."""
+        return self._batches.generators
 
     def check_epochs(self, epochs: int) -> None:
         """Refuses one-shot data for several passes, before the first batch."""

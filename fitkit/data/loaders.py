@@ -73,6 +73,21 @@ class LoaderBatches(Batches):
         }
 
     @property
+    def loader(self) -> DataLoader[Any]:
+        """The loader."""
+        return self._loader
+
+    @property
+    def extent(self) -> tuple[int, int] | None:
+        given: Any = self._loader.batch_sampler
+        if type(given) is not BatchSampler or self.length is None:
+            return None
+        samples = known_length(given.sampler)
+        if samples is None:
+            return None
+        return min(samples, self.length * given.batch_size) if given.drop_last else samples, given.batch_size
+
+    @property
     def generators(self) -> list[torch.Generator]:
         return own_generators(self._loader)
 

@@ -81,6 +81,15 @@ class TensorLoaderBatches(Batches):
         return LoaderBatches(self._loader, self._dtype).facts()
 
     @property
+    def loader(self) -> DataLoader[Any]:
+        """The loader."""
+        return self._loader
+
+    @property
+    def extent(self) -> tuple[int, int] | None:
+        return LoaderBatches(self._loader, self._dtype).extent
+
+    @property
     def generators(self) -> list[torch.Generator]:
         return own_generators(self._loader)
 
