@@ -38,7 +38,9 @@ def explain_nonfinite(module: nn.Module, batch: Any, forward: Callable[[], Any],
         copy_back(list(zip(changed, before, strict=True)))
     if found is not None:
         return f"{weights}The first module whose output on the last batch is not finite is {found}."
-    return f"{weights}No module's output is not finite by itself: steps that are too large, or the loss, made it so."
+    if bad:
+        return f"{weights}An earlier batch holds NaN or infinity, or its loss was, or a step was too large."
+    return "No module's output is not finite by itself: steps that are too large, or the loss, made it so."
 
 
 def _first_bad_output(module: nn.Module, forward: Callable[[], Any]) -> str | None:

@@ -122,6 +122,9 @@ class Loss:
         self.reduction = getattr(self.module, "reduction", "mean")
         self.meaning = _meaning(self.module, self.built_in)
         self._class_weights = _on_host(self.module)
+        # A module of the user's may be given other class weights later.
+        self._is_users = self.module is loss
+        self._counted_weight = getattr(self.module, "weight", None)
         # "sum" has no denominator: windows add up, and only the report divides, by samples.
         self.adds_up = self.reduction == "sum"
         self._items: Callable[..., Tensor] | None = _item_losses(self.call if self.module is None else self.module)
@@ -152,8 +155,8 @@ class Loss:
         """
         if self.built_in is None:
             return self._custom(output, target, size, sample_weight)
-        weight = self._weight(output, target, size, host_target)
         try:
+            weight = self._weight(output, target, size, host_target)
             if sample_weight is None:
                 return Part(self.call(output, target), weight, target.numel())
             return Part(self._weighted(output, target, sample_weight, weight), weight, target.numel())
@@ -238,6 +241,9 @@ class Loss:
         """The number of targets that are not ignored, or the sum of their class weights."""
         assert isinstance(self.module, (nn.CrossEntropyLoss, nn.NLLLoss))  # the losses that average over targets
         ignored = self.module.ignore_index
+        if self._is_users and self.module.weight is not self._counted_weight:
+            self._class_weights = _on_host(self.module)
+            self._counted_weight = self.module.weight
         if not target.is_cpu:
             kept = target != ignored
             if self._class_weights is None:
@@ -312,7 +318,8 @@ def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | N
     if isinstance(loss, partial) and not loss.args:
         loss, options = loss.func, loss.keywords
     for kind, built_in in BUILT_IN.items():
-        if loss is built_in.function:
+        # torch's functions take some options that its modules do not, such as the weights of mse_loss.
+        if loss is built_in.function and set(options) <= set(inspect.signature(kind).parameters):
             return kind(**options), built_in
     if not callable(loss):
         raise TypeError(
@@ -393,7 +400,10 @@ def check_weight(argument: str, weight: Any) -> Weight:
         raise ValueError(f"Expected one number, received {argument} of shape {tuple(weight.shape)}.")
     weight = weight.detach().reshape(())
     # On the CPU, NumPy reads it without asking torch for a number.
-    return check_number(argument, float(weight.numpy()), least=0.0) if weight.device.type == "cpu" else weight
+    if weight.device.type == "cpu":
+        return check_number(argument, float(weight.numpy()), least=0.0)
+    waiting: Tensor = weight.clone()  # the user may write into it
+    return waiting
 
 
 def show_structure(value: Any) -> str:

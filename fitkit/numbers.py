@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fitkit._types import OutputMeaning
-from fitkit.batch import copied, tensors
+from fitkit.batch import mapped, tensors
 from fitkit.computation import Compiled, Outcome, UserStep
 from fitkit.gradients import GradientNorms
 from fitkit.logs import Tally
@@ -30,7 +30,7 @@ class Numbers:
         compiled: what `Model.compile` made.
         several: the losses where each output has its own; None for one loss, also that of a user's step.
         adds_up: whether the one loss is a sum over samples.
-        owns_batches: whether nobody writes into a batch's memory after its step.
+        makes_losses: whether the losses are torch's own, new tensors that nobody writes into.
         tally: running means.
         metrics: running metrics.
         last: the latest batch's loss.
@@ -40,7 +40,7 @@ class Numbers:
     compiled: Compiled
     several: OutputLosses | None
     adds_up: bool
-    owns_batches: bool
+    makes_losses: bool
     tally: Tally
     metrics: RunningMetrics
     last: Tensor | None = None
@@ -54,8 +54,9 @@ class Numbers:
         several = None if losses is None or losses.names is None or user_step is not None else losses
         single = None if losses is None or user_step is not None else losses.losses[0]
         adds_up = single is not None and single.adds_up
-        metrics = compiled.metrics.start(meanings, compiled.device)
-        return cls(compiled, several, adds_up, owns_batches and user_step is None, Tally(compiled.device), metrics)
+        makes_losses = user_step is None and losses is not None and losses.are_means_over_data
+        metrics = compiled.metrics.start(meanings, compiled.device, owns_targets=owns_batches and user_step is None)
+        return cls(compiled, several, adds_up, makes_losses, Tally(compiled.device), metrics)
 
     def reset(self) -> None:
         """Starts an epoch."""
@@ -101,13 +102,13 @@ class Numbers:
             self.metrics.expect(sum(tensor.nbytes for tensor in tensors(batch)))
         if self.several is None:
             value, weight, _ = outcome.parts[0]
-            self.last = value.detach()
+            self.last = value.detach() if self.makes_losses else value.detach().clone()
             self.tally.mean("loss", adds_up=self.adds_up).add(self.last, weight, index)
         else:
             self._add_several(self.several, outcome, index)
         if outcome.extra:
             for name, value in outcome.extra.items():
-                number = value.detach().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
+                number = value.detach().clone().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
                 self.tally.mean(name).add(number.to(self.compiled.device), outcome.weight, index)
         if self.compiled.metrics.names:
             self._add_to_metrics(outcome)
@@ -117,7 +118,7 @@ class Numbers:
         for position, part in zip(losses.active, outcome.parts, strict=True):
             loss = losses.losses[position]
             mean = self.tally.mean(f"{losses.names[position]}_loss", adds_up=loss is not None and loss.adds_up)
-            mean.add(part.value.detach(), part.weight, index)
+            mean.add(part.value.detach() if self.makes_losses else part.value.detach().clone(), part.weight, index)
         total = weighted_sum(outcome.parts, [losses.weights[position] for position in losses.active])
         self.last = None if total is None else total.detach()
 
@@ -128,12 +129,11 @@ class Numbers:
                 'that returns its loss does not show. Return {"loss": ..., "output": ..., "target": ...} from the '
                 "step, or return the metric's value by its name, or compile without metrics."
             )
-        outputs = [_settled(output) for output in outcome.outputs]
-        targets, weights = outcome.targets, outcome.sample_weights
-        if not self.owns_batches:
-            targets = [target.clone() if isinstance(target, Tensor) else copied(target) for target in targets]
-            weights = None if weights is None else [copied(weight) for weight in weights]
-        self.metrics.update(outputs, targets, weights)
+        outputs = [
+            output.detach() if isinstance(output, Tensor) else mapped(Tensor.detach, output)
+            for output in outcome.outputs
+        ]
+        self.metrics.update(outputs, outcome.targets, outcome.sample_weights)
 
     def values(self) -> dict[str, Tensor]:
         """Every running number as a 0-d tensor on the device, "loss" first."""
@@ -183,19 +183,3 @@ class Numbers:
         indices = torch.stack([index.to(torch.int64) for index in found])
         first = torch.where(indices < 0, torch.iinfo(torch.int64).max, indices).min()
         return torch.where((indices < 0).all(), -1, first)
-
-
-def _settled(output: Any) -> Any:
-    """The output apart from its graph, in memory that nobody writes to: metrics look at it later, with others.
-
-    A module or a compiled graph may write its next output where it wrote this one. One that autograd has just made on
-    the CPU, in memory of its own, is as safe as its copy.
-    """
-    if isinstance(output, Tensor):
-        is_new = output.grad_fn is not None and output._version == 0 and not output._is_view() and output.is_cpu
-        return output.detach() if is_new else output.detach().clone()
-    if isinstance(output, Mapping):
-        return {key: _settled(value) for key, value in output.items()}
-    if isinstance(output, (tuple, list)):
-        return [_settled(value) for value in output]
-    return output

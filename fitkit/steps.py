@@ -103,21 +103,23 @@ class TrainStep:
         with self._autocast:
             outcome = self._compute(batch, index)
 
-        # Backward and, where the window is complete, the optimizer's step.
-        if self._has_gradient(outcome):
+        # Backward.
+        if has_gradient := self._has_gradient(outcome):
             loss, seed = self._window.take(outcome.parts)
             if self._window.is_separate:
                 self._window.backward_each(outcome.parts, self._scaler, self._held)
             elif loss is not None:
                 scaled = loss if self._scaler is None else self._scaler.scale(loss)
                 scaled.backward(seed)
-            if is_last:
-                self.end_batch()
 
-        # Numbers stay on the device.
+        # Numbers stay on the device; they are those before the step, which an output may share memory with.
         self.numbers.add(outcome, index, batch)
         self._latest = batch
         self.index = index
+
+        # Where the window is complete, the optimizer's step.
+        if has_gradient and is_last:
+            self.end_batch()
 
     def _has_gradient(self, outcome: Outcome) -> bool:
         """Whether there is something to go backward from; not after a step of the user's that trained by itself."""

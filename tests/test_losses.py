@@ -258,3 +258,16 @@ def test_a_weight_that_is_none_is_refused(weight: Any) -> None:
 def test_the_names_of_keras_are_answered_with_ours(loss: str) -> None:
     with pytest.raises(ValueError, match="which is Keras's. Here it is"):
         Loss(loss)
+
+
+def test_a_function_of_torchs_with_options_that_its_module_lacks_is_a_callable() -> None:
+    weight = torch.rand(5, 1)
+    loss = Loss(functools.partial(F.mse_loss, weight=weight))
+    output, target = torch.randn(5, 1), torch.randn(5, 1)
+    assert loss(output, target, 5).value == F.mse_loss(output, target, weight=weight)
+
+
+def test_a_class_without_an_output_is_named_also_where_classes_have_weights() -> None:
+    loss = Loss(nn.CrossEntropyLoss(torch.ones(3)))
+    with pytest.raises(ValueError, match="Expected class indices below 3"):
+        loss(torch.randn(2, 3), torch.tensor([0, 7]), 2, None, torch.tensor([0, 7]))

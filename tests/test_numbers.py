@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fitkit
 
@@ -130,3 +132,108 @@ def test_looking_at_numbers_moves_no_digit_of_them(every: int) -> None:
         return model.fit(x, x[:, :1] * 3, batch_size=2, epochs=2, callbacks=list(callbacks), verbose=0).history
 
     assert recorded(Looking()) == recorded()
+
+
+class Constant(nn.Module):
+    """The output is the parameter itself, seen as one row for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value.expand(len(x), 1)
+
+
+def test_what_shares_memory_with_a_parameter_is_measured_before_the_step() -> None:
+    model = fitkit.Model(Constant(), device="cpu")
+    model.compile("sgd", "mae", ["mae"], learning_rate=1.0)
+    loss, mae = model.train_on_batch(torch.zeros(6, 3), torch.full((6, 1), 5.0))  # type: ignore[misc]
+    assert (loss, mae) == (5.0, 5.0)
+
+
+class Counting(fitkit.Model):
+    """Logs tensors that change in place."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 1), device="cpu")
+        self.total = torch.zeros(())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        self.total += 1
+        return {"loss": self.module(batch).mean(), "count": self.total, "bias": self.module.bias[0]}
+
+
+def test_what_a_step_logs_is_kept_as_it_was() -> None:
+    model = Counting()
+    model.compile("sgd", learning_rate=0.5)
+    before = float(model.module.bias.detach())
+    history = model.fit(torch.randn(8, 3), batch_size=2, epochs=1, verbose=0)
+    assert history["count"] == [2.5]
+    # The gradient of the mean by the bias is 1, so it falls by 0.5 at each step.
+    assert history["bias"] == pytest.approx([before - 0.75])  # type: ignore[comparison-overlap]
+
+
+def test_an_output_that_the_module_keeps_and_changes_is_counted_as_it_was(batches: RefilledBatches) -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+            self.kept: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.kept is not None:
+                self.kept.zero_()
+            output = self.layer(x)
+            self.kept = output.detach()
+            return output
+
+    module = Keeps()
+    x, y = batches.x.flatten(0, 1), batches.y.flatten(0, 1)
+    expected = compiled(module.layer, ["spearman"]).evaluate(x, y, verbose=0, return_dict=True)
+    history = compiled(module, ["spearman"]).fit(x, y, batch_size=4, shuffle=False, epochs=1, verbose=0)
+    assert history["spearman"] == pytest.approx([expected["spearman"]])  # type: ignore[index, call-overload]
+
+
+def test_a_metric_that_writes_into_its_arguments_changes_no_other_metric() -> None:
+    def spoiling(output: Tensor, target: Tensor) -> Tensor:
+        target.zero_()
+        return output.fill_(0.0).mean()
+
+    def plain(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).abs().mean()
+
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 3), torch.randn(12, 1)
+    module = nn.Linear(3, 1)
+    expected = compiled(module, ["mae"]).evaluate(x, y, batch_size=4, verbose=0, return_dict=True)
+    model = fitkit.Model(module, device="cpu")
+    model.compile("sgd", "mse", metrics=["mae", spoiling, plain])
+    found = model.evaluate(x, y, batch_size=4, verbose=0, return_dict=True)
+    assert found["mae"] == pytest.approx(expected["mae"])  # type: ignore[index, call-overload]
+    assert found["plain"] == pytest.approx(expected["mae"])  # type: ignore[index, call-overload]
+
+
+def test_a_loader_of_another_class_may_give_the_same_memory_again() -> None:
+    class Refilling(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            x, y = torch.empty(4, 3), torch.empty(4, 1)
+            for batch in super().__iter__():
+                yield [x.copy_(batch[0]), y.copy_(batch[1])]
+
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 3), torch.randn(20, 1)
+    model = compiled(nn.Linear(3, 1), ["spearman"])
+    expected = model.evaluate(x, y, verbose=0)
+    assert model.evaluate(Refilling(TensorDataset(x, y), 4), verbose=0) == pytest.approx(expected)  # type: ignore[arg-type]
+
+
+def test_class_weights_that_are_replaced_count_from_then_on() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(50, 3), torch.randint(0, 3, (50,))
+    loss = nn.CrossEntropyLoss(torch.ones(3))
+    module = nn.Linear(3, 3)
+    model = fitkit.Model(module, device="cpu")
+    model.compile("sgd", loss)
+    loss.weight = torch.tensor([9.0, 1.0, 1.0])
+    assert model.evaluate(x, y, batch_size=7, verbose=0) == pytest.approx(loss(module(x), y).item())

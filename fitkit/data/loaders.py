@@ -43,8 +43,8 @@ class LoaderBatches(Batches):
         self._cast = cast
         self.length = known_length(loader)
         # torch stacks samples into new memory; workers' memory is better given back.
-        stacks = loader.collate_fn is default_collate and loader.batch_sampler is not None
-        self.owned = stacks and loader.num_workers == 0
+        is_plain = type(loader) is DataLoader and loader.num_workers == 0
+        self.owned = is_plain and loader.collate_fn is default_collate and loader.batch_sampler is not None
 
     def __iter__(self) -> Iterator[Any]:
         return (with_tensors(batch, self._dtype, cast=self._cast) for batch in self._loader)

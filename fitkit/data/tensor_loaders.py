@@ -106,6 +106,8 @@ class TensorLoaderBatches(Batches):
         at_once = max(1, min(BATCHES_PER_CHUNK, BYTES_PER_CHUNK // max(1, row_bytes * sampler.batch_size)))
         while chunk := list(itertools.islice(indices, at_once)):
             rows = torch.tensor(list(itertools.chain.from_iterable(chunk)), device="cpu")
+            # index_select takes no rows counted from the end, as a sampler may give them.
+            rows = torch.where(rows < 0, rows + len(tensors[0]), rows)
             sizes = [len(batch) for batch in chunk]
             columns = [torch.unsafe_split_with_sizes(tensor.index_select(0, rows), sizes) for tensor in tensors]
             yield from map(list, zip(*columns, strict=True))

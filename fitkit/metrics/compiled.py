@@ -93,12 +93,15 @@ class CompiledMetrics:
         self.names = [key for entry in self._entries for key in entry.keys]
         self._check_keys()
 
-    def start(self, meanings: Sequence[OutputMeaning], device: torch.device) -> RunningMetrics:
+    def start(
+        self, meanings: Sequence[OutputMeaning], device: torch.device, *, owns_targets: bool = False
+    ) -> RunningMetrics:
         """Fresh running values for one run, which share nothing with those of other runs.
 
         Args:
             meanings: what the loss tells about each output.
             device: where outputs and targets will be.
+            owns_targets: whether nobody writes into targets after they were taken in.
 
         Raises:
             ValueError: another number of meanings than of outputs.
@@ -107,6 +110,7 @@ class CompiledMetrics:
         if len(meanings) != outputs:
             raise ValueError(f"Expected the meaning of {outputs} output(s), received {len(meanings)}.")
         parts: list[tuple[int, Part]] = []
+        users: list[tuple[int, Part]] = []
         # Metrics by name that read an output alike share what waits.
         alike: dict[tuple[int, bool, bool], dict[str, NamedMetric]] = {}
         for entry in self._entries:
@@ -115,12 +119,14 @@ class CompiledMetrics:
                 group = (entry.output, entry.weighted, "regression" in metric.tasks)
                 alike.setdefault(group, {})[key] = metric
             elif is_torchmetrics(metric):
-                parts.append((entry.output, TorchmetricsMetric(entry.keys, metric, device)))
+                users.append((entry.output, TorchmetricsMetric(entry.keys, metric, device)))
             else:
-                parts.append((entry.output, CallableMetric(key, metric, device, weighted=entry.weighted)))
+                users.append((entry.output, CallableMetric(key, metric, device, weighted=entry.weighted)))
         for (output, weighted, _), named in alike.items():
-            parts.append((output, Gathering(named, meanings[output], device, weighted=weighted)))
-        return RunningMetrics(self.names, parts, outputs)
+            # A metric of the user's may write into what it is given: it comes last, and what waits is a copy then.
+            owns = owns_targets and not users
+            parts.append((output, Gathering(named, meanings[output], device, weighted=weighted, owns_targets=owns)))
+        return RunningMetrics(self.names, [*parts, *users], outputs, shared=len(users) > 1)
 
     @property
     def are_means_over_data(self) -> bool:

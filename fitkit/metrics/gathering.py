@@ -39,11 +39,21 @@ class Gathering:
         meaning: what the loss tells about the output.
         device: where the values are.
         weighted: whether the metrics weigh items by sample_weight.
+        owns_targets: whether nobody writes into targets and weights after they were taken in.
     """
 
+    by_name = True
+
     def __init__(
-        self, metrics: Mapping[str, NamedMetric], meaning: OutputMeaning, device: torch.device, *, weighted: bool
+        self,
+        metrics: Mapping[str, NamedMetric],
+        meaning: OutputMeaning,
+        device: torch.device,
+        *,
+        weighted: bool,
+        owns_targets: bool = False,
     ) -> None:
+        self._owns_targets = owns_targets
         self.keys = tuple(metrics)
         self._device = device
         self._named = dict(metrics)
@@ -93,6 +103,10 @@ class Gathering:
         # The first batch does not wait, so that what a metric refuses is refused there.
         waits = self._samples and self._batch_elements <= self._most_waiting
         self._samples += self._batch_samples
+        if waits:
+            # Copies: a module may write its next output where it wrote this one, and so may a loader its next target.
+            copies = (rows[0].clone(), *rows[1:]) if self._owns_targets else tuple([part.clone() for part in rows])
+            rows = copies
         self._held.append(rows)
         self._held_elements += self._batch_elements
         if not waits or len(self._held) >= self._most_batches:

@@ -41,6 +41,8 @@ class CallableMetric(Gathering):
         weighted: whether entries are weighted by sample_weight, and the sum divided by the sum of weights.
     """
 
+    by_name = False
+
     def __init__(self, key: str, function: Callable[..., Any], device: torch.device, *, weighted: bool) -> None:
         super().__init__({key: MEAN}, OutputMeaning("values"), device, weighted=True)
         self._function = function
@@ -69,8 +71,6 @@ class CallableMetric(Gathering):
                 )
             value = value.reshape(1)
             weight = torch.full((1,), float(samples), device=self._device)
-        # A function may give the same memory again.
-        value = value.clone()
         super().update(value, value, weight)
 
 
@@ -83,6 +83,8 @@ class TorchmetricsMetric:
         metric: what the user made.
         device: where the values are.
     """
+
+    by_name = False
 
     def __init__(self, keys: Sequence[str], metric: Metric | MetricCollection, device: torch.device) -> None:
         self.keys = tuple(keys)

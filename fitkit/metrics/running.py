@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fitkit._types import Structure
-from fitkit.batch import mapped
+from fitkit.batch import copied, mapped
 from fitkit.metrics.gathering import Gathering
 from fitkit.metrics.objects import TorchmetricsMetric
 
@@ -30,9 +30,13 @@ class RunningMetrics:
         names: all log keys in order.
         parts: each with the index of its output.
         outputs: how many outputs there are.
+        shared: whether several metrics of the user's are given the same, so that each needs copies of its own.
     """
 
-    def __init__(self, names: Sequence[str], parts: Sequence[tuple[int, Part]], outputs: int) -> None:
+    def __init__(
+        self, names: Sequence[str], parts: Sequence[tuple[int, Part]], outputs: int, *, shared: bool = False
+    ) -> None:
+        self._shared = shared
         self.names = list(names)
         self._parts = list(parts)
         self._outputs = outputs
@@ -43,9 +47,8 @@ class RunningMetrics:
         """Takes in one batch.
 
         Args:
-            outputs: one entry per output, detached and on the device; callables may get whole structures. Nobody may
-                write into them afterwards, as they wait here.
-            targets: one entry per output, as outputs.
+            outputs: one entry per output, detached and on the device; callables may get whole structures.
+            targets: one entry per output.
             sample_weight: for ``weighted_metrics``, one entry per output of shape ``(N,)`` or the items' shape; None
                 where all samples weigh 1.
 
@@ -62,7 +65,10 @@ class RunningMetrics:
             )
         for index, part in self._parts:
             weight = None if sample_weight is None else sample_weight[index]
-            part.update(outputs[index], targets[index], weight)
+            output, target = outputs[index], targets[index]
+            if self._shared and not part.by_name:
+                output, target = copied(output), copied(target)
+            part.update(output, target, weight)
 
     def expect(self, batch_bytes: int) -> None:
         """Says how large batches are, by which it is decided how many outputs wait."""

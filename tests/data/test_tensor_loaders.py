@@ -76,3 +76,12 @@ class Doubling(TensorDataset):
 )
 def test_a_loader_that_does_more_is_iterated(loader: DataLoader[Any]) -> None:
     assert not is_tensor_loader(loader)
+
+
+def test_rows_may_be_counted_from_the_end() -> None:
+    loader = DataLoader(DATA, batch_size=2, sampler=SubsetRandomSampler([-1, -2, 3, 4]))
+    torch.manual_seed(0)
+    expected = list(loader)
+    torch.manual_seed(0)
+    found = list(TensorLoaderBatches(loader, torch.float32))
+    assert all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
