@@ -57,6 +57,10 @@ class ProgressBar(Callback):
         # Batches of the epoch and of the validation before, for data that do not tell their length.
         self._steps: dict[str, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        drawing = {"_output": self.stream, "_epoch": None, "_drawn": None, "_bar": None}
+        return super().__getstate__() | drawing
+
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Looks where to write."""
         self._begin()
