@@ -35,7 +35,7 @@ from fitkit.microbatches import FittingParts, report_size, split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
-from fitkit.summary import summarize, summarize_remembered
+from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
 from fitkit.training_state import Progress, check_model, model_state, read_training_state, restore_model
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -625,8 +625,10 @@ class Model:
 
         Raises:
             ValueError: depth is below 1.
+            TypeError: input_data is the shape of a batch instead of one.
         """
         check_integer("depth", depth, least=1)
+        check_is_no_shape(input_data)
         if input_data is not None:
             print_fn(summarize(self.module, unpack(self._one_batch(input_data, None, None))[0], depth=depth))
         elif self._latest_input is None:
