@@ -267,9 +267,7 @@ class _Estimator(BaseEstimator):
     def _outputs(self, X: Any) -> torch.Tensor:
         """The module's outputs in its own precision, which for mixed ones is float32."""
         check_is_fitted(self)
-        x = validate_data(
-            self, X, reset=False, dtype=self._floats(self._compiled_with["precision"]), allow_nd=True
-        )
+        x = validate_data(self, X, reset=False, dtype=self._floats(self._compiled_with["precision"]), allow_nd=True)
         outputs = self._model().predict(x, batch_size=self.batch_size, verbose=0)
         if not isinstance(outputs, torch.Tensor):
             raise TypeError(f"Expected a module with one tensor as its output, received {show(outputs)}.")

@@ -109,8 +109,8 @@ def check_is_no_shape(input_data: Any) -> None:
         zeros_of_shapes = ", ".join(f"torch.zeros({', '.join(map(str, shape))})" for shape in shapes)
         batch = zeros_of_shapes if len(shapes) == 1 else f"({zeros_of_shapes})"
         raise TypeError(
-            f"Expected a batch of inputs, with its samples along the first dimension, received input_data={input_data}, "
-            f"a shape. Pass summary({batch}), of the dtype that the module takes."
+            f"Expected a batch of inputs, with its samples along the first dimension, received "
+            f"input_data={input_data}, a shape. Pass summary({batch}), of the dtype that the module takes."
         )
 
 

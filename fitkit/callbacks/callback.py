@@ -69,7 +69,7 @@ class Callback:
         self.params = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or a copy has: the settings and what the latest run left, but neither its Model nor its facts."""
+        """What a pickle or a copy has: the settings and what the latest run left, but not its Model."""
         return {name: value for name, value in vars(self).items() if name != "model"} | {"params": {}}
 
     @property

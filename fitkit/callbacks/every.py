@@ -44,7 +44,9 @@ class Every(Callback):
         3
     """
 
-    counts_itself: Mapping[str, str] = dict.fromkeys(_FILTERED, "Write the product: Every(6, callback) for Every(2, Every(3, callback)).")
+    counts_itself: Mapping[str, str] = dict.fromkeys(
+        _FILTERED, "Write Every(6, callback) for Every(2, Every(3, callback))."
+    )
 
     def __init__(self, n: int, callback: Callback, unit: str = "epoch") -> None:
         super().__init__()

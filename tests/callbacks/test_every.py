@@ -92,7 +92,7 @@ def scheduling() -> LRScheduler:
         (ReduceLROnPlateau, "see its patience"),
         (lambda: ModelCheckpoint("{epoch}.pt"), "see its save_freq"),
         (scheduling, r"give that a longer period, such as StepLR\(optimizer, 10\)"),
-        (lambda: Every(2, Noting()), "Write the product"),
+        (lambda: Every(2, Noting()), r"Write Every\(6, callback\)"),
     ],
 )
 def test_one_that_counts_by_itself_is_refused_with_what_to_use_there(make: Any, advice: str, unit: str) -> None:
