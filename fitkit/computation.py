@@ -146,10 +146,15 @@ class Computation:
         counted = size if weight is None else check_weight("weight of the module's output", weight)
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        compared = labels is not None and logits is not None
-        return Outcome(
-            [Part(loss.reshape(()), counted, size)], [logits] * compared, [labels] * compared, None, {}, size
-        )
+        part = Part(loss.reshape(()), counted, size)
+        if labels is None or logits is None:
+            return Outcome([part], [], [], None, {}, size)
+        if isinstance(logits, Tensor) and isinstance(labels, Tensor):
+            if "CausalLM" in type(output).__name__:
+                # Each token is compared with the one after it, as the module's own loss does.
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            logits = _classes_second(logits, labels)
+        return Outcome([part], [logits], [labels], None, {}, size)
 
     def _user_outcome(self, returned: Any, batch: Any) -> Outcome:
         extra: dict[str, Any] = {}
@@ -182,6 +187,14 @@ class Computation:
                     f"Expected the step's {name!r} to be one number, received {show_structure(value)}. Reduce it."
                 )
         return Outcome([Part(loss.reshape(()), weight)], outputs, targets, None, extra, weight)
+
+
+def _classes_second(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits with their classes along dimension 1, as torch has them; a classifier of tokens has them last."""
+    are_tokens = logits.dim() == 3 and logits.shape[:-1] == labels.shape
+    # A segmentation's are where torch has them already.
+    last = are_tokens or (logits.dim() > 3 and logits.shape[:-1] == labels.shape != logits[:, 0].shape)
+    return logits.movedim(-1, 1) if last else logits
 
 
 def transfer_of(compiled: Compiled) -> Transfer:

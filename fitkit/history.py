@@ -433,12 +433,12 @@ class History:
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with so many axes, three in a row."""
     try:
-        from matplotlib.figure import Figure
+        from fitkit.figures import ShownFigure
     except ImportError as error:
         raise ImportError("A plot of a History needs matplotlib: pip install 'fitkit[plot]'.") from error
     columns = min(count, 3)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
+    figure = ShownFigure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, position) for position in range(1, count + 1)]
 
 

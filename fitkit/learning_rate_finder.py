@@ -120,10 +120,10 @@ class LearningRateCurve:
             ImportError: matplotlib is not installed.
         """
         try:
-            from matplotlib.figure import Figure
+            from fitkit.figures import ShownFigure
         except ImportError as error:
             raise ImportError("LearningRateCurve.plot needs matplotlib: pip install 'fitkit[plot]'.") from error
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figure = ShownFigure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot()
         smoothed = self.smoothed
         axes.plot(self.rates, self.losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss of each batch")

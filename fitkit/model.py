@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fitkit import loop
 from fitkit.batch import join, unpack
-from fitkit.callbacks import BackupAndRestore, Callback, EarlyStopping, ProgressBar
+from fitkit.callbacks import BackupAndRestore, Callback, EarlyStopping, ProgressBar, SwapEMAWeights
 from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
 from fitkit.callbacks.monitor import MonitorCallback
@@ -37,7 +37,7 @@ from fitkit.output_losses import OutputLosses
 from fitkit.plan import Plan, make_plan
 from fitkit.script import write_script
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
-from fitkit.summary import summarize, summarize_remembered
+from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
 from fitkit.training_state import Progress, check_model, model_state, read_training_state, restore_model
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -710,8 +710,10 @@ class Model:
 
         Raises:
             ValueError: depth is below 1.
+            TypeError: input_data is the shape of a batch instead of one.
         """
         check_integer("depth", depth, least=1)
+        check_is_no_shape(input_data)
         if input_data is not None:
             print_fn(summarize(self.module, unpack(self._one_batch(input_data, None, None))[0], depth=depth))
         elif self._latest_input is None:
@@ -891,6 +893,7 @@ class Model:
             chosen.append(EarlyStopping("val_loss" if validates else "loss", patience=3, mode="min"))
         if not flags.enable_early_stop:
             chosen = [callback for callback in chosen if not isinstance(callback, EarlyStopping)]
+        _check_kept_weights(chosen)
         return chosen
 
     def _check_monitors(self, callbacks: Sequence[Callback], flags: TrainingFlags, *, validates: bool) -> None:
@@ -1006,6 +1009,29 @@ def _joined(outputs: list[Any]) -> Any:
             "to return what is to be joined."
         )
     return joined
+
+
+def _check_kept_weights(callbacks: Sequence[Callback]) -> None:
+    """Refuses to keep the weights that are trained for the numbers of their average, which is what was validated."""
+    for index, callback in enumerate(callbacks):
+        if not (
+            isinstance(callback, EarlyStopping)
+            and callback.restore_best_weights
+            and callback.monitor.startswith("val_")
+        ):
+            continue
+        before = [each for each in callbacks[:index] if isinstance(each, SwapEMAWeights)]
+        averaging = [each for each in (*callbacks, *_called(callbacks)) if isinstance(each, SwapEMAWeights)]
+        if averaging and not any(each.swap_on_epoch for each in before):
+            raise ValueError(
+                f"EarlyStopping(monitor={callback.monitor!r}, restore_best_weights=True) would restore weights that "
+                "were never validated: the validation is that of the average which SwapEMAWeights keeps. Let it have the "
+                "average: callbacks=[SwapEMAWeights(swap_on_epoch=True), EarlyStopping(...)], in this order."
+            )
+
+
+def _called(callbacks: Sequence[Callback]) -> list[Callback]:
+    return [called for callback in callbacks for called in callback.calls]
 
 
 def _nothing() -> None:

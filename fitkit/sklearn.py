@@ -24,12 +24,13 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, colu
 from torch import nn
 
 from fitkit.callbacks import Callback, EarlyStopping
-from fitkit.device import kept_random_state, resolve_device
+from fitkit.device import kept_modes, kept_random_state, move, resolve_device
 from fitkit.errors import show
 from fitkit.history import History
 from fitkit.losses import Loss
 from fitkit.model import Model
 from fitkit.optimization import OptimizerArgument
+from fitkit.summary import kept_buffers
 
 Self = TypeVar("Self", bound="_Estimator")
 MODULE_PREFIX = "module__"
@@ -156,8 +157,13 @@ class _Estimator(BaseEstimator):
         model: Model = self.model_
         return model
 
-    def _floats(self) -> type[np.floating[Any]]:
-        return np.float64 if self.precision == "64-true" else np.float32
+    def _floats(self, precision: str) -> type[np.floating[Any]]:
+        return np.float64 if precision == "64-true" else np.float32
+
+    def _compile_arguments(self) -> dict[str, Any]:
+        """What a Model is compiled with by the parameters of now; that of the fit may have been another."""
+        names = ("optimizer", "loss", "metrics", "learning_rate", "precision", "jit_compile", "channels_last")
+        return {name: getattr(self, name) for name in names}
 
     def _goes_on(self) -> bool:
         return bool(self.warm_start) and hasattr(self, "model_")
@@ -177,7 +183,11 @@ class _Estimator(BaseEstimator):
             self._random = None if self.random_state is None else check_random_state(self.random_state)
         with self._seeded():
             if not goes_on:
+                self._compiled_with = self._compile_arguments()
                 self.model_ = self._compiled(self._new_module(x.shape[1], n_outputs))
+                self._check_width(x, n_outputs)
+            # The parameters themselves stay as they are, so that a clone starts where this one did.
+            self.callbacks_, early_stop_callback = copy.deepcopy((self.callbacks, self.early_stop_callback))
             limits: dict[str, Any] = {"epochs": 1}
             if not one_pass:
                 limits = {"epochs": self.epochs, "min_nb_epochs": self.min_nb_epochs}
@@ -190,13 +200,13 @@ class _Estimator(BaseEstimator):
                 batch_size=self.batch_size,
                 validation_split=self.validation_split,
                 shuffle=self.shuffle,
-                early_stop_callback=self.early_stop_callback,
+                early_stop_callback=early_stop_callback,
                 enable_early_stop=self.enable_early_stop,
                 accumulate_grad_batches=self.accumulate_grad_batches,
                 gradient_clip_val=self.gradient_clip_val,
                 micro_batch_size=self.micro_batch_size,
                 on_nonfinite=self.on_nonfinite,
-                callbacks=self.callbacks,
+                callbacks=self.callbacks_,
                 verbose=self.verbose,
                 **limits,
             )
@@ -248,21 +258,16 @@ class _Estimator(BaseEstimator):
 
     def _compiled(self, module: nn.Module) -> Model:
         model = Model(module, device=self.device)
-        model.compile(
-            self.optimizer,
-            self.loss,
-            self.metrics,
-            learning_rate=self.learning_rate,
-            precision=self.precision,
-            jit_compile=self.jit_compile,
-            channels_last=self.channels_last,
-        )
+        model.compile(**self._compiled_with)
         return model
+
+    def _check_width(self, x: Any, n_outputs: int) -> None:
+        """Refuses a module whose outputs cannot be those that are asked for."""
 
     def _outputs(self, X: Any) -> torch.Tensor:
         """The module's outputs in its own precision, which for mixed ones is float32."""
         check_is_fitted(self)
-        x = validate_data(self, X, reset=False, dtype=self._floats(), allow_nd=True)
+        x = validate_data(self, X, reset=False, dtype=self._floats(self._compiled_with["precision"]), allow_nd=True)
         outputs = self._model().predict(x, batch_size=self.batch_size, verbose=0)
         if not isinstance(outputs, torch.Tensor):
             raise TypeError(f"Expected a module with one tensor as its output, received {show(outputs)}.")
@@ -333,6 +338,7 @@ class Classifier(ClassifierMixin, _Estimator):
     Attributes:
         classes_: the labels, in the order of the module's outputs.
         n_features_in_: ``X.shape[1]`` in fit.
+        callbacks_: the copies of callbacks that the latest training was given.
         model_: the `Model`.
         module_: the trained module.
         history_: the `History` of the latest training.
@@ -449,7 +455,8 @@ class Classifier(ClassifierMixin, _Estimator):
     ) -> Classifier:
         self._check_loss()
         labels = column_or_1d(y, warn=True)
-        x, labels = validate_data(self, X, labels, reset=not goes_on, dtype=self._floats(), allow_nd=True)
+        floats = self._floats(self._compiled_with["precision"] if goes_on else self.precision)
+        x, labels = validate_data(self, X, labels, reset=not goes_on, dtype=floats, allow_nd=True)
         check_classification_targets(labels)
         if not goes_on:
             self.classes_ = unique_labels(labels if classes is None else classes)
@@ -479,8 +486,24 @@ class Classifier(ClassifierMixin, _Estimator):
             X: as in `fit`.
         """
         outputs = self._outputs(X)
-        logarithms = Loss(self.loss, "loss").meaning.scale == "log_probabilities"
-        return (outputs.exp() if logarithms else outputs.softmax(1)).numpy()
+        logarithms = Loss(self._compiled_with["loss"], "loss").meaning.scale == "log_probabilities"
+        # The exponentials of logarithms that were computed in bfloat16 do not quite have a sum of 1.
+        probabilities = outputs.exp() if logarithms else outputs.softmax(1)
+        return (probabilities / probabilities.sum(1, keepdim=True)).numpy()
+
+    def _check_width(self, x: Any, n_outputs: int) -> None:
+        model = self._model()
+        module = model.module
+        with kept_buffers(module), kept_modes(module), kept_random_state(model.device), torch.no_grad():
+            output = module.eval()(move(torch.as_tensor(x[:2]), model.device))
+        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else None
+        if shape is not None and shape != (len(x[:2]), n_outputs):
+            raise ValueError(
+                f"Expected a module that puts out one number a class, (N, {n_outputs}) for the classes "
+                f"{show(self.classes_.tolist())}, received module={show(self.module)} with an output of shape "
+                f"(N, {', '.join(map(str, shape[1:]))}). Make its last layer that wide, by the n_outputs that a class "
+                "or function is called with."
+            )
 
     def _check_loss(self) -> None:
         """A callable of the user's says nothing of itself and is taken to be over logits."""
@@ -530,6 +553,7 @@ class Regressor(RegressorMixin, _Estimator):
 
     Attributes:
         n_features_in_: ``X.shape[1]`` in fit.
+        callbacks_: the copies of callbacks that the latest training was given.
         model_: the `Model`.
         module_: the trained module.
         history_: the `History` of the latest training.
@@ -631,7 +655,7 @@ class Regressor(RegressorMixin, _Estimator):
         return self._fit(X, y, sample_weight, goes_on=hasattr(self, "model_"), one_pass=True)
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, *, goes_on: bool, one_pass: bool) -> Regressor:
-        floats = self._floats()
+        floats = self._floats(self._compiled_with["precision"] if goes_on else self.precision)
         x, y = validate_data(
             self, X, y, reset=not goes_on, dtype=floats, allow_nd=True, multi_output=True, y_numeric=True
         )

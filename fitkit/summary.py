@@ -96,6 +96,28 @@ def summarize(module: nn.Module, input_data: Any = None, *, depth: int = 3) -> s
     return "\n".join([table, "", *_totals(module, forward)])
 
 
+def check_is_no_shape(input_data: Any) -> None:
+    """Refuses shapes, which Keras and torchsummary take, where a batch is wanted.
+
+    Raises:
+        TypeError: input_data is a shape, or a list of shapes.
+    """
+    shapes = input_data if isinstance(input_data, (tuple, list)) else []
+    if shapes and all(isinstance(size, int) for size in shapes):
+        shapes = [shapes]
+    if shapes and all(isinstance(shape, (tuple, list)) and _is_shape(shape) for shape in shapes):
+        zeros_of_shapes = ", ".join(f"torch.zeros({', '.join(map(str, shape))})" for shape in shapes)
+        batch = zeros_of_shapes if len(shapes) == 1 else f"({zeros_of_shapes})"
+        raise TypeError(
+            f"Expected a batch of inputs, with its samples along the first dimension, received "
+            f"input_data={input_data}, a shape. Pass summary({batch}), of the dtype that the module takes."
+        )
+
+
+def _is_shape(sizes: Any) -> bool:
+    return len(sizes) > 0 and all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+
+
 def summarize_remembered(module: nn.Module, description: Any, *, depth: int = 3) -> str:
     """`summarize` on zeros of the shapes that an earlier batch had; without shapes where the module refuses zeros.
 

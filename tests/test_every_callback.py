@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import os
 import pickle
 import shutil
@@ -230,6 +232,33 @@ def test_it_pickles_before_a_fit_and_serves_afterwards(make: Callable[[], Callba
     again = pickle.loads(pickle.dumps(make()))
     assert check_callbacks([again]) == [again]
     assert len(fitted(compiled(), again)) == 2
+
+
+class NoTensors(pickle.Pickler):
+    """Refuses what belongs to a trained model."""
+
+    def reducer_override(self, value: Any) -> Any:
+        assert not isinstance(value, (torch.Tensor, torch.optim.Optimizer, nn.Module, fitkit.Model)), type(value)
+        return NotImplemented
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_it_pickles_after_a_fit_without_the_model_and_serves_again(make: Callable[[], Callback]) -> None:
+    callback, file = make(), io.BytesIO()
+    fitted(compiled(), callback)
+    NoTensors(file).dump(callback)
+    again = pickle.loads(file.getvalue())
+    assert not hasattr(again, "model")
+    assert len(fitted(compiled(), again)) == 2
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_copy_made_in_mid_run_serves_in_a_run_of_its_own(make: Callable[[], Callback]) -> None:
+    callback, copies = make(), []
+    copying = callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: copies.append(copy.deepcopy(callback)))
+    fitted(compiled(), callback, copying)
+    shutil.rmtree("backup", ignore_errors=True)
+    assert len(fitted(compiled(), copies[-1])) == 2
 
 
 @pytest.mark.parametrize("make", EVERY)

@@ -12,9 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# These run in every environment, the others only where the long tests do.
+QUICK = {"quickstart", "training_flags"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else [pytest.mark.long]) for path in EXAMPLES],
+)
 def test_example_runs_without_a_warning(path: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", str(path)]
     # On a busy machine, several threads for models this small would mostly wait for each other.

@@ -254,6 +254,12 @@ def test_a_plot_has_one_axis_for_training_and_validation_of_a_metric() -> None:
     assert measured.tolist() == [[2.0, 3.0]]
 
 
+def test_a_figure_shows_itself_as_a_picture_and_pickles() -> None:
+    pytest.importorskip("matplotlib")
+    figure: Any = pickle.loads(pickle.dumps(recorded(loss=[2.0, 1.0]).plot()))
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
 def test_a_plot_can_be_written_and_leaves_pyplot_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     recorded(loss=[2.0, math.nan, math.inf, 1.0]).plot().savefig(tmp_path / "loss.png")

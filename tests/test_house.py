@@ -33,7 +33,7 @@ FLOORS = [
     {"output_losses"},
     {"data", "metrics", "losses", "optimization", "gradients"},
     {"history", "logs", "summary"},
-    {"batch", "checkpoints", "device", "distributed", "durations", "flags"},
+    {"batch", "checkpoints", "device", "distributed", "durations", "figures", "flags"},
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.

@@ -91,6 +91,24 @@ def test_metrics_compare_logits_and_labels() -> None:
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, CLASSES).item(), rel=1e-6)
 
 
+def test_accuracy_of_a_language_model_counts_the_tokens_that_its_loss_counts() -> None:
+    model, loader = compiled(gpt(), metrics=["accuracy"]), DataLoader(texts(), 7)
+    ids, labels = TOKENS, torch.stack([row["labels"] for row in texts()])
+    decided = model.module(input_ids=ids, attention_mask=(labels != -100).long()).logits[:, :-1].argmax(-1)
+    counted = labels[:, 1:] != -100
+    expected = (decided == labels[:, 1:])[counted].double().mean().item()
+    assert model.evaluate(loader, verbose=0)[1] == pytest.approx(expected, abs=1e-7)
+
+
+def test_accuracy_of_a_classifier_of_tokens_leaves_out_minus_100() -> None:
+    module = transformers.BertForTokenClassification(bert().config)
+    model, labels = compiled(module, metrics=["accuracy"]), torch.where(TOKENS % 4 == 0, -100, TOKENS % 3)
+    rows = [{"input_ids": ids, "labels": label} for ids, label in zip(TOKENS, labels, strict=True)]
+    decided = model.predict(DataLoader(rows, 24), verbose=0)["logits"].argmax(-1)
+    expected = (decided == labels)[labels != -100].double().mean().item()
+    assert model.evaluate(DataLoader(rows, 7), verbose=0)[1] == pytest.approx(expected, abs=1e-7)
+
+
 def test_a_data_collator_and_its_batch_encodings_are_taken() -> None:
     def collate(rows: list[dict[str, Tensor]]) -> Any:
         return transformers.BatchEncoding(transformers.default_data_collator(rows))

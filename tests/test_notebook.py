@@ -56,11 +56,10 @@ def test_a_fit_leaves_a_line_an_epoch_and_the_bars_that_were_drawn_over(tmp_path
 
 
 @pytest.mark.long
-def test_without_widgets_the_bar_is_text_that_the_line_replaces(tmp_path: Path) -> None:
+def test_without_widgets_there_is_a_line_an_epoch_and_nothing_that_was_drawn_over(tmp_path: Path) -> None:
     _, fit = outputs(tmp_path, NO_WIDGETS, FIT)
-    # A notebook shows what comes after the last return to the beginning of the line.
-    shown = [line.rsplit("\r", 1)[-1] for line in printed(fit).strip().split("\n")]
-    assert [line[: len(EPOCHS[0])] for line in shown] == EPOCHS
+    assert "\r" not in printed(fit)
+    assert [line[: len(EPOCHS[0])] for line in printed(fit).splitlines()] == EPOCHS
     assert printed(fit, "stderr") == ""
     assert {output.output_type for output in fit} == {"stream"}
 
@@ -76,3 +75,15 @@ def test_a_history_is_a_table_and_an_error_of_fit_its_message(tmp_path: Path) ->
     assert table.data["text/html"].count("<tr>") == 1 + 3
     assert "3 epochs, ended by epochs" in table.data["text/html"]
     assert printed(failed) == "Expected an integer of at least 1, received accumulate_grad_batches=0.\n"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("before", ["", "%matplotlib inline"], ids=["no backend", "inline"])
+def test_a_plot_as_the_last_value_of_a_cell_is_a_picture(tmp_path: Path, before: str) -> None:
+    pytest.importorskip("matplotlib")
+    if before:
+        pytest.importorskip("matplotlib_inline")
+    *_, plot = outputs(tmp_path, before, FIT, "history.plot()")
+    (shown,) = plot
+    assert shown.output_type == "execute_result"
+    assert shown.data["image/png"].startswith("iVBORw0KGgo")  # the beginning of every PNG, in base64

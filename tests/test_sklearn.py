@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import pickle
 import subprocess
@@ -22,7 +23,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 from torch import Tensor, nn
 
-from fitkit.callbacks import EarlyStopping, LambdaCallback
+import fitkit
+from fitkit.callbacks import Callback, EarlyStopping, LambdaCallback, SwapEMAWeights, Timer
 from fitkit.sklearn import MLP, Classifier, Regressor
 
 BLOBS, NUMBERS = make_blobs(120, 4, centers=3, random_state=0)
@@ -146,6 +148,55 @@ def test_a_pickle_predicts_and_trains_on_as_the_original() -> None:
     assert torch.equal(weights_of(copied), weights_of(original))
 
 
+class Counting(Callback):
+    """Counts the epochs of a run."""
+
+    epochs = 0
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.epochs += 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"callbacks": [EarlyStopping("loss"), Counting()]},
+        {"callbacks": Timer(100)},
+        {"callbacks": [SwapEMAWeights()]},
+        {"early_stop_callback": EarlyStopping("loss", restore_best_weights=True)},
+    ],
+)
+def test_a_fitted_estimator_with_callbacks_pickles(options: Any) -> None:
+    original = classifier(epochs=2, **options).fit(BLOBS, LABELS)
+    copied = pickle.loads(pickle.dumps(original))
+    np.testing.assert_array_equal(copied.predict_proba(BLOBS), original.predict_proba(BLOBS))
+
+
+def test_training_is_given_copies_of_the_callbacks() -> None:
+    stopping = EarlyStopping("loss", patience=50)
+    given = classifier(epochs=3, callbacks=[Counting(), stopping], early_stop_callback=stopping).fit(BLOBS, LABELS)
+    assert [callback.epochs for callback in (given.callbacks[0], given.callbacks_[0])] == [0, 3]
+    assert (stopping.best, given.callbacks_[1].best_epoch) == (None, 2)
+    assert not hasattr(clone(given).callbacks[0], "model")
+
+
+@pytest.mark.parametrize(
+    "later",
+    [{"precision": "64-true"}, {"optimizer": "sgd"}, {"loss": "nll"}, {"learning_rate": 9.0}, {"metrics": ["f1"]}],
+    ids=str,
+)
+def test_a_pickle_is_of_what_was_fitted_whatever_is_set_later(later: dict[str, Any]) -> None:
+    original = classifier(epochs=2, optimizer="adam").fit(BLOBS, LABELS)
+    probabilities = original.predict_proba(BLOBS)
+    original.set_params(**later)
+    copied = pickle.loads(pickle.dumps(original))
+    for each in (original, copied):
+        np.testing.assert_array_equal(each.predict_proba(BLOBS), probabilities)
+        each.partial_fit(BLOBS, LABELS)
+    assert torch.equal(weights_of(copied), weights_of(original))
+    assert type(copied.model_.optimizer) is torch.optim.Adam
+
+
 def test_an_untrained_estimator_pickles() -> None:
     assert pickle.loads(pickle.dumps(Regressor(epochs=3))).epochs == 3
 
@@ -170,6 +221,12 @@ def test_probabilities_of_nll_are_those_that_the_module_gives() -> None:
     fitted = classifier(module=module, loss="nll").fit(BLOBS, LABELS)
     expected = fitted.module_(torch.tensor(BLOBS, dtype=torch.float32)).exp().detach()
     np.testing.assert_allclose(fitted.predict_proba(BLOBS), expected.numpy(), rtol=1e-5)
+
+
+def test_probabilities_have_a_sum_of_one_in_mixed_precision_too() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1))
+    fitted = classifier(module=module, loss="nll", precision="bf16-mixed", epochs=2).fit(BLOBS, LABELS)
+    np.testing.assert_allclose(fitted.predict_proba(BLOBS).sum(1), 1.0, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "regressor"])
@@ -363,6 +420,23 @@ def test_an_argument_that_does_not_exist_is_refused() -> None:
         Classifier(hidden=3)
     with pytest.raises(ValueError, match="Invalid parameter 'hiden'"):
         Classifier().set_params(hiden=3)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(4, 5), nn.Linear(4, 2)], ids=str)
+def test_a_module_of_another_width_than_the_classes_is_refused_in_fit(module: nn.Module) -> None:
+    message = r"one number a class, \(N, 3\) for the classes \['ape', 'bee', 'cat'\], received .* shape \(N, [25]\)"
+    with pytest.raises(ValueError, match=message):
+        classifier(module=module, epochs=1).fit(BLOBS, LABELS)
+
+
+def test_looking_at_the_width_changes_no_number() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+    fitted = classifier(module=net, epochs=1, shuffle=False, learning_rate=0.01).fit(BLOBS, LABELS)
+    model = fitkit.Model(copy.deepcopy(net), device="cpu")
+    model.compile("adam", "cross_entropy", learning_rate=0.01)
+    torch.manual_seed(int(np.random.RandomState(0).randint(np.iinfo(np.int32).max)))
+    model.fit(BLOBS.astype(np.float32), NUMBERS, epochs=1, shuffle=False, verbose=0)
+    assert all(map(torch.equal, fitted.module_.state_dict().values(), model.module.state_dict().values()))
 
 
 def test_a_module_with_several_outputs_is_refused() -> None:

@@ -320,3 +320,17 @@ def test_a_step_of_ones_own_leaves_no_shapes() -> None:
     model.compile("sgd")
     model.fit([{"some": torch.ones(4, 3)}], epochs=1, verbose=0)
     assert "Output shape" not in summary_of(model)
+
+
+@pytest.mark.parametrize(
+    ("shape", "advice"),
+    [
+        ((2, 5), r"input_data=\(2, 5\), a shape. Pass summary\(torch.zeros\(2, 5\)\)"),
+        (torch.Size([3, 4]), r"Pass summary\(torch.zeros\(3, 4\)\)"),
+        ([(2, 5), (2, 3)], r"Pass summary\(\(torch.zeros\(2, 5\), torch.zeros\(2, 3\)\)\)"),
+    ],
+    ids=str,
+)
+def test_a_shape_is_refused_with_the_batch_to_give_instead(shape: Any, advice: str) -> None:
+    with pytest.raises(TypeError, match=r"Expected a batch of inputs, with its samples along .*" + advice):
+        fitkit.Model(nn.Linear(5, 1), device="cpu").summary(shape)

@@ -48,6 +48,7 @@ class BackupAndRestore(Callback):
     """
 
     adds_to_logs = ()
+    counts_itself: Mapping[str, str] = {"batch": "It counts batches itself: see its save_freq."}
 
     def __init__(
         self,

@@ -38,6 +38,9 @@ class Callback:
             them. None, the default: whatever it likes, so that a monitor is judged only when it is missing.
         stops_on_nonfinite: whether a run with this callback is stopped when the training loss of an epoch is not
             finite, whatever ``on_nonfinite`` says.
+        counts_itself: the units, "epoch" or "batch", in which `Every` must not call it less often since it counts them
+            itself, each with what to do instead.
+        calls: the callbacks whose hooks it calls; none of them may be in the list as well.
         model: the Model that runs; set before the first hook.
         params: facts about the run; set before the first hook, empty until then. In a fit: "epochs" (the index
             before which training ends), "initial_epoch", "steps" and "validation_steps" (batches an epoch, None
@@ -55,6 +58,8 @@ class Callback:
 
     adds_to_logs: Sequence[str] | None = None
     stops_on_nonfinite: bool = False
+    counts_itself: Mapping[str, str] = {}
+    calls: Sequence[Callback] = ()
 
     model: ModelProtocol
     params: dict[str, Any]
@@ -62,6 +67,10 @@ class Callback:
 
     def __init__(self) -> None:
         self.params = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a copy has: the settings and what the latest run left, but not its Model."""
+        return {name: value for name, value in vars(self).items() if name != "model"} | {"params": {}}
 
     @property
     def state_key(self) -> str:

@@ -58,8 +58,11 @@ def resolve_verbose(verbose: Any) -> int:
 
 
 def shows_bars(stream: Any) -> bool:
-    """Whether a line there can be drawn over; what is no terminal would keep every drawing of it."""
-    return (hasattr(stream, "isatty") and stream.isatty()) or (stream is sys.stdout and in_notebook())
+    """Whether a line there can be drawn over; what is no terminal would keep every drawing."""
+    if stream is sys.stdout and in_notebook():
+        # Text would be drawn over in a browser, but a notebook that is run unattended keeps every drawing of it.
+        return has_widgets()
+    return hasattr(stream, "isatty") and stream.isatty()
 
 
 def in_notebook() -> bool:

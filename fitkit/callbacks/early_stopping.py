@@ -74,6 +74,9 @@ class EarlyStopping(MonitorCallback):
         self.start_from_epoch = check_integer("start_from_epoch", start_from_epoch, least=0)
         self._reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_best_weights": None}
+
     def _reset(self) -> None:
         self.stopped_epoch: int | None = None
         self.has_stopped = False

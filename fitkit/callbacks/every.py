@@ -9,33 +9,30 @@ from typing import Any, final
 from fitkit._types import ModelProtocol
 from fitkit.callbacks.callback import Callback
 from fitkit.callbacks.hooks import implemented_hooks
-from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.errors import check_choice, check_integer, show
 
+# Ends only: what a callback did at an end, it may have to undo at the very next beginning.
 _FILTERED = {
-    "epoch": ("on_epoch_begin", "on_epoch_end"),
-    "batch": (
-        *("on_train_batch_begin", "on_train_batch_end"),
-        *("on_test_batch_begin", "on_test_batch_end"),
-        *("on_predict_batch_begin", "on_predict_batch_end"),
-    ),
+    "epoch": ("on_epoch_end",),
+    "batch": ("on_train_batch_end", "on_test_batch_end", "on_predict_batch_end"),
 }
 
 
 @final
 class Every(Callback):
-    """Calls another callback's epoch hooks only every n-th epoch, or its batch hooks only every n-th batch.
+    """Calls another callback at the end of every n-th epoch only, or at the end of every n-th batch only.
 
-    ``Every(10, callback)`` calls ``on_epoch_begin`` and ``on_epoch_end`` in the 10th, 20th, ... epoch (0-based indices
-    9, 19, ...); every other hook is called as always.
+    ``Every(10, callback)`` calls ``on_epoch_end`` in the 10th, 20th, ... epoch (0-based indices 9, 19, ...), and with
+    ``unit="batch"`` the ends of batches in the same way, counted in each epoch; every other hook, the beginnings too,
+    is called as always.
 
     Args:
         n: how many.
-        callback: whose hooks; none with a monitor, since these count epochs by themselves.
+        callback: whose hooks; none that counts epochs or batches by itself, such as those with a monitor.
         unit: "epoch" or "batch".
 
     Raises:
-        TypeError: n is no integer, callback no Callback, or one with a monitor.
+        TypeError: n is no integer, callback no Callback, or one that counts by itself.
         ValueError: n is below 1, or unit unknown.
 
     Example:
@@ -47,16 +44,23 @@ class Every(Callback):
         3
     """
 
+    counts_itself: Mapping[str, str] = dict.fromkeys(
+        _FILTERED, "Write Every(6, callback) for Every(2, Every(3, callback))."
+    )
+
     def __init__(self, n: int, callback: Callback, unit: str = "epoch") -> None:
         super().__init__()
         self.n = check_integer("n", n, least=1)
-        if not isinstance(callback, Callback) or isinstance(callback, (MonitorCallback, Every)):
-            raise TypeError(
-                f"Expected a callback without a monitor of its own, received callback={show(callback)}. Callbacks with "
-                "a monitor count epochs by themselves: see their patience."
-            )
         check_choice("unit", unit, tuple(_FILTERED))
+        if not isinstance(callback, Callback):
+            raise TypeError(f"Expected a Callback to call less often, received callback={show(callback)}.")
+        if unit in callback.counts_itself:
+            raise TypeError(
+                f"Expected a callback that does not count by itself, received callback={show(callback)} with "
+                f"unit={unit!r}. {callback.counts_itself[unit]}"
+            )
         self.callback = callback
+        self.calls = (callback,)
         self.unit = unit
         # Keys that are added in some epochs only are none that a monitor can rely on.
         self.adds_to_logs = None

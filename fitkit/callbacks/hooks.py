@@ -104,7 +104,7 @@ def check_callbacks(callbacks: object) -> list[Callback]:
     Raises:
         TypeError: something in it is no instance of Callback, a hook cannot take its arguments, or adds_to_logs is one
             string.
-        ValueError: a method whose name starts with ``on_`` is no hook.
+        ValueError: a method whose name starts with ``on_`` is no hook, or the same object stands in two places.
     """
     if callbacks is None:
         return []
@@ -114,6 +114,7 @@ def check_callbacks(callbacks: object) -> list[Callback]:
         raise TypeError(
             f"Expected a list of callbacks, received callbacks={show(callbacks)}. {_advice(callbacks)}".rstrip()
         )
+    places: dict[int, str] = {}
     for index, callback in enumerate(callbacks):
         if not isinstance(callback, Callback):
             raise TypeError(
@@ -127,6 +128,13 @@ def check_callbacks(callbacks: object) -> list[Callback]:
                 f"Expected the keys in a tuple, received {type(callback).__name__}.adds_to_logs="
                 f"{callback.adds_to_logs!r}. Write ({callback.adds_to_logs!r},)."
             )
+        for each in (callback, *callback.calls):
+            if id(each) in places:
+                raise ValueError(
+                    f"{places[id(each)]} and callbacks[{index}] are the same object, {show(each)}, whose hooks would "
+                    "be called twice. Leave one out, or make a second one."
+                )
+        places |= {id(each): f"callbacks[{index}]" for each in (callback, *callback.calls)}
     return list(callbacks)
 
 

@@ -50,6 +50,9 @@ class LRScheduler(MonitorCallback):
     """
 
     adds_to_logs = (LEARNING_RATE,)
+    counts_itself: Mapping[str, str] = dict.fromkeys(
+        ("epoch", "batch"), "Its scheduler counts itself: give that a longer period, such as StepLR(optimizer, 10)."
+    )
 
     def __init__(
         self,
@@ -77,6 +80,9 @@ class LRScheduler(MonitorCallback):
         # The parameter groups that had no initial rate before.
         self._fresh: list[dict[str, Any]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_running": None, "_listener": None, "_rate": None, "_fresh": []}
+
     def _check_kind(self, scheduler: Scheduler) -> None:
         name = type(scheduler).__name__
         judges = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
@@ -90,6 +96,7 @@ class LRScheduler(MonitorCallback):
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Makes the scheduler, where it is a callable that makes it."""
         optimizer = optimizer_of(self)
+        self._release()
         self._rate = None
         if isinstance(self.scheduler, Scheduler):
             self._running = self.scheduler

@@ -46,6 +46,10 @@ class ModelCheckpoint(MonitorCallback):
         ValueError: an argument is out of range, arguments exclude each other, or filepath is no template.
     """
 
+    counts_itself: Mapping[str, str] = dict.fromkeys(
+        ("epoch", "batch"), "It counts itself: see its save_freq, a number of batches."
+    )
+
     def __init__(
         self,
         filepath: str | os.PathLike[str],

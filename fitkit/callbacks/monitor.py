@@ -27,6 +27,9 @@ class MonitorCallback(Callback):
     """
 
     adds_to_logs: Sequence[str] | None = ()
+    counts_itself: Mapping[str, str] = dict.fromkeys(
+        ("epoch", "batch"), "One with a monitor counts epochs itself: see its patience."
+    )
 
     def __init__(self, monitor: str, mode: str = "auto", min_delta: float = 0.0) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from typing import Any, TextIO, final
 from tqdm import tqdm
 
 from fitkit.callbacks.callback import Callback
-from fitkit.callbacks.display import TextBar, has_widgets, in_notebook, notebook_bar, print_line, shows_bars
+from fitkit.callbacks.display import TextBar, in_notebook, notebook_bar, print_line, shows_bars
 from fitkit.errors import check_number
 from fitkit.history import as_number, is_detail
 
@@ -56,6 +56,10 @@ class ProgressBar(Callback):
         self._bar: tqdm[Any] | None = None
         # Batches of the epoch and of the validation before, for data that do not tell their length.
         self._steps: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        drawing = {"_output": self.stream, "_epoch": None, "_drawn": None, "_bar": None}
+        return super().__getstate__() | drawing
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Looks where to write."""
@@ -156,7 +160,7 @@ class ProgressBar(Callback):
         if self._bar is None or self._drawn is not self._phase:
             self._close(leave=False)
             self._drawn = self._phase
-            kind = notebook_bar() if in_notebook() and has_widgets() else TextBar
+            kind = notebook_bar() if self._output is sys.stdout and in_notebook() else TextBar
             self._bar = kind(
                 desc=self._phase.name,
                 total=self._phase.total,

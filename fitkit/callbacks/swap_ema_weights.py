@@ -56,6 +56,10 @@ class SwapEMAWeights(Callback):
         self._listener: StepListener | None = None
         self._forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        swapped = {"_kept": None, "_is_swapped": False, "_swapped_for_pass": False}
+        return super().__getstate__() | {"_listener": None, "_average": None, "_parameters": [], **swapped}
+
     def _forget(self) -> None:
         # A list for each kind of tensor, of those that are updated in one go.
         self._parameters: list[list[Tensor]] = []
@@ -67,6 +71,8 @@ class SwapEMAWeights(Callback):
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Forgets the fit before, and listens to the optimizer's steps."""
         optimizer = optimizer_of(self)
+        if self._listener is not None:
+            self._listener.remove()
         self._forget()
         self._parameters = _by_kind(
             [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]

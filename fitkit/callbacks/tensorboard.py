@@ -51,6 +51,7 @@ class TensorBoard(Callback):
     """
 
     adds_to_logs = ()
+    counts_itself: Mapping[str, str] = {"batch": "It counts batches itself: see its update_freq."}
 
     def __init__(
         self,
@@ -76,6 +77,9 @@ class TensorBoard(Callback):
         self._writers: dict[str, Any] = {}
         self._listening: Any = None
         self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_writers": {}, "_listening": None, "_inputs": None}
 
     def _forget(self) -> None:
         self._batches = 0

@@ -43,6 +43,9 @@ class WandbLogger(Callback):
         self._run: Any = None
         self._is_own = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_run": None}
+
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Forgets the fit before."""
         self.run_id = None

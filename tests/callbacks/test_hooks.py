@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from fitkit.callbacks import Callback, EarlyStopping, LambdaCallback
+import fitkit
+from fitkit.callbacks import Callback, EarlyStopping, Every, LambdaCallback, LRScheduler, SwapEMAWeights
 from fitkit.callbacks.hooks import HOOKS, HookTable, check_callbacks, finish, implemented_hooks
 from fitkit.history import History
 
@@ -100,7 +103,8 @@ def test_none_and_a_single_callback_become_lists() -> None:
     callback = Callback()
     assert check_callbacks(None) == []
     assert check_callbacks(callback) == [callback]
-    assert check_callbacks((callback, callback)) == [callback, callback]
+    pair = (callback, Callback())
+    assert check_callbacks(pair) == list(pair)
 
 
 @pytest.mark.parametrize(
@@ -172,3 +176,38 @@ def test_a_hook_that_cannot_take_its_arguments_is_refused() -> None:
 def test_a_builtin_function_as_a_hook_is_allowed() -> None:
     seen: list[object] = []
     assert len(check_callbacks(LambdaCallback(on_train_end=seen.append, on_train_begin=dict))) == 1
+
+
+def test_the_same_object_in_two_places_is_refused() -> None:
+    one = Noted("a", [])
+    with pytest.raises(ValueError, match=r"callbacks\[0\] and callbacks\[2\] are the same object.*make a second one"):
+        check_callbacks([one, Callback(), one])
+
+
+def test_an_object_beside_one_that_calls_it_is_refused() -> None:
+    one = Noted("a", [])
+    with pytest.raises(ValueError, match=r"callbacks\[0\] and callbacks\[1\] are the same object"):
+        check_callbacks([Every(2, one), one])
+
+
+def test_equal_objects_are_no_same_object() -> None:
+    chosen = [Noted("a", []), Noted("a", [])]
+    assert check_callbacks(chosen) == chosen
+
+
+@pytest.mark.parametrize(
+    "listening",
+    [
+        SwapEMAWeights(),
+        LRScheduler(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 9), interval="step"),
+    ],
+    ids=["SwapEMAWeights", "LRScheduler"],
+)
+def test_one_that_begins_again_without_an_end_listens_once(listening: Callback) -> None:
+    model = fitkit.Model(nn.Linear(1, 1), device="cpu")
+    model.compile("sgd", "mse")
+    listening.set_model(model)
+    listening.on_train_begin()
+    listening.on_train_begin()
+    assert model.optimizer is not None
+    assert len(model.optimizer._optimizer_step_post_hooks) == 1

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fitkit
-from fitkit.callbacks import Callback, EarlyStopping, LambdaCallback, SwapEMAWeights
+from fitkit.callbacks import Callback, EarlyStopping, Every, LambdaCallback, SwapEMAWeights
 
 X = torch.linspace(-1, 1, 40).reshape(20, 2)
 Y = X.sum(1, keepdim=True) + 0.5
@@ -100,6 +100,32 @@ def test_early_stopping_brings_back_an_average_when_it_comes_later() -> None:
     averaging = SwapEMAWeights(swap_on_epoch=True, momentum=0.9)
     history = fitted(model, averaging, stopping, epochs=4, validation_data=(X, Y))
     assert model.evaluate(X, Y, verbose=0) == pytest.approx(min(history["val_loss"]), rel=1e-6)  # type: ignore[type-var]
+
+
+RESTORING = EarlyStopping("val_loss", restore_best_weights=True)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        [SwapEMAWeights(), RESTORING],
+        [RESTORING, SwapEMAWeights()],
+        [RESTORING, SwapEMAWeights(swap_on_epoch=True)],
+        [Every(2, SwapEMAWeights(swap_on_epoch=True)), RESTORING],
+    ],
+    ids=["without swap_on_epoch", "either way", "too late", "not in every epoch"],
+)
+def test_weights_that_were_never_validated_are_not_kept(chosen: list[Callback]) -> None:
+    batches: list[int] = []
+    noting = LambdaCallback(on_train_batch_begin=lambda batch, logs: batches.append(batch))
+    with pytest.raises(ValueError, match=r"never validated.*callbacks=\[SwapEMAWeights\(swap_on_epoch=True\), Early"):
+        fitted(compiled(), *chosen, noting, validation_data=(X, Y))
+    assert not batches
+
+
+@pytest.mark.parametrize("stopping", [EarlyStopping("val_loss"), EarlyStopping("loss", restore_best_weights=True)])
+def test_early_stopping_that_keeps_no_weights_for_a_validation_needs_no_swap(stopping: EarlyStopping) -> None:
+    assert len(fitted(compiled(), SwapEMAWeights(), stopping, validation_data=(X, Y))) == 2
 
 
 def test_a_run_that_an_error_ends_has_the_average_too() -> None:
