@@ -1025,8 +1025,8 @@ def _check_kept_weights(callbacks: Sequence[Callback]) -> None:
         if averaging and not any(each.swap_on_epoch for each in before):
             raise ValueError(
                 f"EarlyStopping(monitor={callback.monitor!r}, restore_best_weights=True) would restore weights that "
-                "were never validated: the validation is that of the average which SwapEMAWeights keeps. Let it have the "
-                "average: callbacks=[SwapEMAWeights(swap_on_epoch=True), EarlyStopping(...)], in this order."
+                "were never validated: the validation is that of the average which SwapEMAWeights keeps. Let it have "
+                "that: callbacks=[SwapEMAWeights(swap_on_epoch=True), EarlyStopping(...)], in this order."
             )
 
 
