@@ -38,6 +38,9 @@ class Callback:
             them. None, the default: whatever it likes, so that a monitor is judged only when it is missing.
         stops_on_nonfinite: whether a run with this callback is stopped when the training loss of an epoch is not
             finite, whatever ``on_nonfinite`` says.
+        only_on_rank_0: whether, where several processes share a run, its hooks are called in rank 0 alone, as for what
+            writes files or shows something. Its hooks may then neither evaluate, predict or save, which all processes
+            do together, nor stop the run.
         model: the Model that runs; set before the first hook.
         params: facts about the run; set before the first hook, empty until then. In a fit: "epochs" (the index
             before which training ends), "initial_epoch", "steps" and "validation_steps" (batches an epoch, None
@@ -55,6 +58,7 @@ class Callback:
 
     adds_to_logs: Sequence[str] | None = None
     stops_on_nonfinite: bool = False
+    only_on_rank_0: bool = False
 
     model: ModelProtocol
     params: dict[str, Any]

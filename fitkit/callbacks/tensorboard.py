@@ -51,6 +51,7 @@ class TensorBoard(Callback):
     """
 
     adds_to_logs = ()
+    only_on_rank_0 = True
 
     def __init__(
         self,
