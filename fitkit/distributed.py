@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -32,6 +33,7 @@ LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "ti
 # The store of a process lives as long as it does; each group made from it has keys of its own.
 _store: Any = None
 _groups = itertools.count()
+_excepthook: Any = None
 _running: Processes | None = None
 
 
@@ -142,12 +144,14 @@ def together(processes: Processes | None, device: torch.device) -> Iterator[None
 
 def _make_group(processes: Processes, device: torch.device) -> Any:
     """The default group of all processes, and the store that it met in."""
-    global _store
+    global _store, _excepthook
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://"))
     # Workers that were started anew, and later groups of the same ones, must not find the addresses of those before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"fitkit/{attempt}/{next(_groups)}", _store)
+    # torch has each new group put one more "[rank0]: " in front of what an error prints.
+    _excepthook = sys.excepthook = _excepthook or sys.excepthook
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.world)
     return store

@@ -234,6 +234,8 @@ class TrainStep:
         self.latest_input = self._describe_latest()
         self._latest = None
         self._clear_gradients()
+        if self.together is not None:
+            self.together.release()
 
     def _describe_latest(self) -> Any:
         """Shapes and types of what the module was called on; None where that is not known."""

@@ -31,7 +31,9 @@ class _Carrying(nn.Module):
         self.module = module
         own = {id(parameter) for parameter in module.parameters()}
         self.beside = nn.ParameterList([parameter for parameter in parameters if id(parameter) not in own])
-        self.weight = nn.Parameter(torch.zeros(1, device=device))
+        # Of float64 only where the module is: it travels with the gradients of its own kind.
+        doubles = any(parameter.dtype == torch.float64 for parameter in parameters)
+        self.weight = nn.Parameter(torch.zeros(1, device=device, dtype=torch.float64 if doubles else torch.float32))
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
@@ -70,7 +72,17 @@ class Synchronisation:
         """Looks which parameters are trained in the epoch."""
         trained = [parameter for parameter in held if parameter.requires_grad]
         if [id(each) for each in trained] != [id(each) for each in self._trained]:
-            self._trained, self._wrapper, self._weight_of_sample = trained, None, None
+            self.release()
+            self._trained, self._weight_of_sample = trained, None
+
+    def release(self) -> None:
+        """Leaves nothing of the group behind, which is about to be destroyed.
+
+        What still holds it then would end its threads while it holds Python's lock, for which these may be waiting.
+        """
+        wrapper, self._wrapper = self._wrapper, None
+        if wrapper is not None:
+            del wrapper.reducer, wrapper.logger, wrapper.process_group
 
     def begin_batch(self, share: Share) -> None:
         """Notes how many samples the batch has in all processes."""
@@ -96,12 +108,15 @@ class Synchronisation:
             index: of the batch.
             is_last: whether it is the last part of this process's part.
         """
-        whole = self._of >= self._processes.world
         ends = is_last and self._window.is_at_last_batch
-        self._is_reduced = self._in_one_pass and self._weight_of_sample is not None and ends and whole
-        if not self._is_reduced:
-            return compute(batch, index)
-        return self._wrapped()(compute, batch, index)
+        self._is_reduced = ends and self._may_reduce and self._of >= self._processes.world
+        return self._wrapper(compute, batch, index) if self._is_reduced else compute(batch, index)
+
+    @property
+    def _may_reduce(self) -> bool:
+        """Whether a backward pass may reduce: all parameters take part in it, and what a sample weighs is known."""
+        is_ready = self._weight_of_sample is not None and self._wrapper is not None
+        return self._in_one_pass and is_ready and not self._wrapper.find_unused_parameters
 
     def backward(self, parts: Sequence[Part], scaler: Any, held: Sequence[nn.Parameter]) -> None:
         """The backward pass of what `run` gave."""
@@ -119,7 +134,7 @@ class Synchronisation:
         carrier = self._wrapper.module.weight
         carrier.grad = None
         weight = window.weights()[0] * self._processes.world
-        carried = weight.float().reshape(1) if isinstance(weight, Tensor) else carrier.new_full((1,), weight)
+        carried = weight.to(carrier.dtype).reshape(1) if isinstance(weight, Tensor) else carrier.new_full((1,), weight)
         if loss is None:  # no target here, but maybe in other processes
             nothing = [torch.zeros_like(parameter) for parameter in self._trained]
             torch.autograd.backward([*self._trained, carrier], [*nothing, carried])
@@ -130,10 +145,11 @@ class Synchronisation:
         """Leaves in the parameters the gradient of the window, the same in all processes."""
         window = self._window
         if self._is_reduced:
-            weight = self._wrapper.module.weight.grad.reshape(()) / self._processes.world
-            total: float | Tensor = float(weight) if weight.is_cpu else weight
+            weight = self._wrapper.module.weight.grad.reshape(())
+            total: float | Tensor = _counted(float(weight)) if weight.is_cpu else weight
+            # What only an accelerator knows is not asked for: there is something.
             window.holds_something = isinstance(total, Tensor) or total > 0
-            window.weigh([total])
+            window.weigh([total / self._processes.world])
             window.close(held)
             return
         weights = window.weights()
@@ -171,14 +187,14 @@ class Synchronisation:
         views = self._wrapper(lambda: [parameter.view_as(parameter) for parameter, _ in given])
         torch.autograd.backward(views, [gradient for _, gradient in given])
 
-    def _wrapped(self) -> Any:
-        if self._wrapper is None:
-            raise RuntimeError("Expected a first step before this one.")
-        return self._wrapper
-
     def _wrap(self, looks: bool) -> Any:
         carrying = _Carrying(self._module, self._trained, self._device)
         return DistributedDataParallel(carrying, find_unused_parameters=looks, gradient_as_bucket_view=True)
+
+
+def _counted(weight: float) -> float:
+    """A number that came as a mean over processes, without the mean's rounding where it is a count."""
+    return float(round(weight)) if abs(weight - round(weight)) <= 2e-7 * weight else weight
 
 
 def _check_alike(counts: Sequence[float], totals: Sequence[float], window: Window) -> None:
