@@ -115,8 +115,8 @@ def running() -> Processes | None:
 def together(processes: Processes | None, device: torch.device) -> Iterator[None]:
     """While a run lasts there is a group: that of the user, or one that is made and destroyed.
 
-    An error of one process reaches the others as a lost connection; where this group was made here, they say whose error
-    it was.
+    An error of one process reaches the others as a lost connection; where this group was made here, they say whose
+    error it was.
 
     Args:
         processes: None for a process that works alone.
@@ -146,10 +146,10 @@ def _make_group(processes: Processes, device: torch.device) -> Any:
     """The default group of all processes, and the store that it met in."""
     global _store, _excepthook
     if _store is None:
-        _store, _, _ = next(dist.rendezvous("env://"))
+        _store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]  # public, by its documentation
     # Workers that were started anew, and later groups of the same ones, must not find the addresses of those before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"fitkit/{attempt}/{next(_groups)}", _store)
+    store = dist.PrefixStore(f"fitkit/{attempt}/{next(_groups)}", _store)  # type: ignore[attr-defined]  # as above
     # torch has each new group put one more "[rank0]: " in front of what an error prints.
     _excepthook = sys.excepthook = _excepthook or sys.excepthook
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -199,7 +199,10 @@ def of_first(value: Value) -> Value:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any process says so; to be called by all. It asks no accelerator, unless the user's group knows no other way."""
+    """Whether any process says so; to be called by all.
+
+    It asks no accelerator, unless the user's group has no other way.
+    """
     if _running is None:
         return flag
     said = torch.tensor([float(flag)], device=_talking_device())
@@ -230,7 +233,7 @@ def summed(numbers: list[float]) -> list[float]:
     """The sums over all processes, in float64; to be called by all."""
     total = torch.tensor(numbers, dtype=torch.float64, device=_talking_device())
     dist.all_reduce(total)
-    return total.tolist()  # type: ignore[no-any-return]
+    return total.tolist()
 
 
 def _talking_device() -> torch.device:

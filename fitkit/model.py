@@ -337,7 +337,7 @@ class Model:
         params = _params(flags, batches, validation_plan, level)
         hooks = self._hooks(chosen, params, history := History())
         parts = split_by(flags, step)
-        take_batch = parts if processes is None else SharedStep(parts, step, step)
+        take_batch: loop.Step = parts if processes is None else SharedStep(parts, step, step)
         facts = _facts(flags, batches, validation_plan, class_weight, compiled)
         sizes = parts if isinstance(parts, FittingParts) else None
         noted = type(self) is not Model or not all(isinstance(each, EarlyStopping) for each in chosen)

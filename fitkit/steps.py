@@ -301,10 +301,10 @@ class TrainStep:
 
     def epoch_logs(self) -> tuple[dict[str, float], int | None]:
         """The epoch's numbers, read at once, and the first batch whose loss was not finite (None: all were)."""
-        values, first_bad = self.numbers.values_and_first_bad()
+        values, first = self.numbers.values_and_first_bad()
         if self.numbers.norms is not None:
             values |= self.numbers.norms.means()
-        numbers = read({**values, _FIRST_BAD: first_bad})
+        numbers = read({**values, _FIRST_BAD: first})
         first_bad = numbers.pop(_FIRST_BAD)
         return numbers, None if first_bad < 0 else int(first_bad)
 

@@ -129,7 +129,7 @@ class Synchronisation:
             loss = scaler.scale(loss)
         if not self._is_reduced:
             if loss is not None:
-                loss.backward(seed)  # type: ignore[no-untyped-call]
+                loss.backward(seed)
             return
         carrier = self._wrapper.module.weight
         carrier.grad = None
@@ -139,7 +139,7 @@ class Synchronisation:
             nothing = [torch.zeros_like(parameter) for parameter in self._trained]
             torch.autograd.backward([*self._trained, carrier], [*nothing, carried])
         else:
-            torch.autograd.backward([loss, carrier], [seed, carried])  # type: ignore[list-item]
+            torch.autograd.backward([loss, carrier], [seed, carried])
 
     def close(self, held: Sequence[nn.Parameter]) -> None:
         """Leaves in the parameters the gradient of the window, the same in all processes."""

@@ -325,8 +325,8 @@ class Progress:
         works = 1 if self.processes is None else self.processes.world
         if run["step"] is not None and worked != works:
             raise CheckpointError(
-                f"{path!s} was saved in the midst of an epoch by {worked} process(es), each of which has its own part of "
-                f"it; received {works}. Resume with as many, or from a file that was saved at the end of an epoch."
+                f"{path!s} was saved in the midst of an epoch by {worked} process(es), each of which has its own part "
+                f"of it; received {works}. Resume with as many, or from a file that was saved at the end of an epoch."
             )
         then, now = run["arguments"], self.arguments
         differing = [
@@ -363,7 +363,8 @@ class Progress:
                 callback.load_state_dict(run["callbacks"][key])  # type: ignore[attr-defined]
         if self.part_size is not None and run["part_size"] is not None:
             self.part_size.load_state_dict(run["part_size"])
-        own, of_processes = 0 if self.processes is None else self.processes.rank, run.get("processes")
+        of_processes: dict[str, Any] | None = run.get("processes")
+        own, world = (0, 1) if self.processes is None else (self.processes.rank, self.processes.world)
         if run["step"] is not None:
             self.step.load_state_dict(run["step"] if of_processes is None else of_processes["step"][own])
         in_epoch = self.stage == "train"
@@ -373,9 +374,8 @@ class Progress:
         if self.validation is not None and run["validation_data"] is not None:
             self.validation.load_state_dict(_raw(run["validation_data"]), in_epoch=False)
         random = state["random"]
-        alike = self.processes is not None and of_processes is not None
-        if alike and len(of_processes["random"]) == self.processes.world:  # type: ignore[union-attr,index]
-            random = of_processes["random"][own]  # type: ignore[index]
+        if of_processes is not None and len(of_processes["random"]) == world:
+            random = of_processes["random"][own]
         restore_random_state(random_state_of(random), self.compiled.device)
 
     def _replay_beginning(self, run: Mapping[str, Any]) -> None:

@@ -126,9 +126,7 @@ class ArrayBatches(Batches):
             index = None if order is None else order[start:stop]
             yield from self._cut_up(sources, start, stop, index, size)
 
-    def _cut_up(
-        self, sources: Sequence[Rows], start: int, stop: int, index: Tensor | None, size: int
-    ) -> Iterable[Any]:
+    def _cut_up(self, sources: Sequence[Rows], start: int, stop: int, index: Tensor | None, size: int) -> Iterable[Any]:
         """The batches of a chunk."""
         pieces = zip(*(_cut(rows, start, stop, index, size) for rows in sources), strict=True)
         if self._home is not None:

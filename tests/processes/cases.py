@@ -302,7 +302,9 @@ def metrics_that_keep_all_rows() -> Any:
 def a_metric_of_torchmetrics() -> Any:
     import torchmetrics
 
-    return trained(compiled(metrics=[torchmetrics.classification.MulticlassF1Score(3)]), *classes(), validation_split=0.2)
+    return trained(
+        compiled(metrics=[torchmetrics.classification.MulticlassF1Score(3)]), *classes(), validation_split=0.2
+    )
 
 
 @case
@@ -341,7 +343,12 @@ class Stepping(fitkit.Model):
         x, y = batch
         output = self.module(x)
         again = self.module(x.flip(0)).flip(0)
-        return {"loss": nn.functional.cross_entropy((output + again) / 2, y), "spread": output.std(), "output": output, "target": y}
+        return {
+            "loss": nn.functional.cross_entropy((output + again) / 2, y),
+            "spread": output.std(),
+            "output": output,
+            "target": y,
+        }
 
 
 @case
@@ -453,7 +460,7 @@ def single_batches() -> Any:
     model = compiled()
     x, y = classes(17)
     losses = [model.train_on_batch(x, y) for _ in range(3)]
-    return {"losses": losses, "tested": model.test_on_batch(x, y), **{"weights": result(model)["weights"]}}
+    return {"losses": losses, "tested": model.test_on_batch(x, y), "weights": result(model)["weights"]}
 
 
 @case

@@ -50,7 +50,8 @@ def test_rank_0_alone_prints_and_writes_while_all_see_the_same_logs(launch: Any,
     for line in ("Epoch 1/2 - ", "Epoch 2/2 - ", "Evaluating - ", "epoch-1.fitkit.", "epoch-2.fitkit."):
         assert ended.output.count(line) == 1, ended.output
     logs = re.findall(r"\[\d\] logs (.*)", ended.output)
-    assert len(logs) == 2 and logs[0] == logs[1]
+    assert len(logs) == 2
+    assert logs[0] == logs[1]
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
     assert sorted(each.name for each in tmp_path.iterdir()) == [
         *("epoch-1.fitkit", "epoch-2.fitkit", "log.csv", "weights.pt")
