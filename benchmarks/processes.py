@@ -1,4 +1,6 @@
-"""What fitkit adds to a step of a hand-written loop under DistributedDataParallel; started by torchrun::
+"""What fitkit adds to a step of a hand-written loop under DistributedDataParallel.
+
+Started by torchrun::
 
     torchrun --standalone --nproc-per-node 2 benchmarks/processes.py --rounds 15
 

@@ -46,7 +46,7 @@ from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import FittingParts, report_size, split_by
 from fitkit.optimization import OptimizerArgument, make_optimizer
 from fitkit.output_losses import OutputLosses
-from fitkit.shared_steps import Agreement, SharedStep, joined_outputs
+from fitkit.shared_steps import Agreement, SharedStep, joined_outputs, taking_shares
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import summarize, summarize_remembered
 from fitkit.training_state import Progress, check_model, model_state, read_training_state, restore_model
@@ -314,16 +314,7 @@ class Model:
         training, held_out = as_split_batches(data, y, sample_weight, batching, validation_split, validating.batch_size)
         held_out = _validation_batches(validation_data, held_out, validating, validation_split)
         training, held_out = self._kept_on_device(training, held_out)
-        step = TrainStep(
-            compiled,
-            self._overridden("training_step"),
-            self._class_weight(class_weight, sample_weight),
-            gradient_clip_val=flags.gradient_clip_val,
-            norm_order=float(flags.track_grad_norm),
-            owns_batches=training.owned,
-            processes=processes,
-            fits_parts=isinstance(micro_batch_size, str),
-        )
+        step = self._train_step(flags, training, self._class_weight(class_weight, sample_weight), processes)
         batches = _training_plan(training, flags, self.device, processes)
         level = _verbose(verbose, processes)
         validation_plan = _validation_plan(held_out, flags, validation_batch_size, self.device, processes)
@@ -337,19 +328,14 @@ class Model:
         params = _params(flags, batches, validation_plan, level)
         hooks = self._hooks(chosen, params, history := History())
         parts = split_by(flags, step)
-        take_batch: loop.Step = parts if processes is None else SharedStep(parts, step, step)
         facts = _facts(flags, batches, validation_plan, class_weight, compiled)
         sizes = parts if isinstance(parts, FittingParts) else None
         noted = type(self) is not Model or not all(isinstance(each, EarlyStopping) for each in chosen)
         progress = Progress(self, compiled, flags, facts, step, sizes, batches, validation_plan, chosen, hooks, noted)
-        progress.processes = processes
         progress.saved = self._saved_state(resume_from, chosen, progress)
-        validation = None
-        if validation_plan is not None:
-            test = self._test_step(compiled, held_out, processes)
-            taken = test if processes is None else SharedStep(test, test)
-            validation = loop.TestRun(self, test, validation_plan, hooks, taken)
+        validation = validation_plan and self._test_run(held_out, validation_plan, hooks, processes)
         self.history, history.params = history, params
+        take_batch = taking_shares(parts, step)
         with self._together(processes), self._fitting(progress, parts):
             loop.fit(loop.FitRun(self, step, batches, hooks, flags, take_batch, validation, chosen, progress))
         return self.history
@@ -387,7 +373,7 @@ class Model:
             ValueError: arguments out of range or in conflict, or data that does not fit.
             TypeError: arguments of a wrong type.
         """
-        compiled = self._require_compiled()
+        self._require_compiled()
         check_flag("return_dict", return_dict)
         self._check_steps(validates=True)
         batching = self._batching(batch_size, None, training=False, loader_options=dataloader_options)
@@ -397,15 +383,13 @@ class Model:
             batches = batches.in_large_batches()
         processes = processes_of(self._strategy)
         plan = _plan(batches, steps, self.device, processes)
-        step = self._test_step(compiled, batches, processes)
-        taken = step if processes is None else SharedStep(step, step)
         with (
             self._together(processes),
             self._listeners(callbacks, verbose, plan) as hooks,
             self._undisturbed(),
             loop.reported_errors(hooks),
         ):
-            logs = loop.evaluate(loop.TestRun(self, step, plan, hooks, taken))
+            logs = loop.evaluate(self._test_run(batches, plan, hooks, processes))
         return self._returned(logs, return_dict)
 
     def predict(
@@ -768,6 +752,25 @@ class Model:
     ) -> TestStep:
         owned, shared = batches is not None and batches.owned, processes is not None
         return TestStep(compiled, self._overridden("validation_step"), owns_batches=owned, is_shared=shared)
+
+    def _train_step(
+        self, flags: TrainingFlags, data: Batches, class_weight: ClassWeight | None, processes: Processes | None
+    ) -> TrainStep:
+        return TrainStep(
+            self._require_compiled(),
+            self._overridden("training_step"),
+            class_weight,
+            gradient_clip_val=flags.gradient_clip_val,
+            norm_order=float(flags.track_grad_norm),
+            owns_batches=data.owned,
+            processes=processes,
+        )
+
+    def _test_run(
+        self, data: Batches | None, plan: EpochPlan, hooks: HookTable, processes: Processes | None
+    ) -> loop.TestRun:
+        step = self._test_step(self._require_compiled(), data, processes)
+        return loop.TestRun(self, step, plan, hooks, step if processes is None else SharedStep(step, step))
 
     def _check_steps(self, *, validates: bool) -> None:
         needs_loss = self._require_compiled().losses is None and self._overridden("training_step") is not None

@@ -67,6 +67,11 @@ class SharedStep:
         self._step.finish()
 
 
+def taking_shares(step: Step, train: TrainStep) -> Step:
+    """What takes a batch, or the share of one where processes share it, to the training step."""
+    return step if train.processes is None else SharedStep(step, train, train)
+
+
 @final
 class Agreement:
     """Hooks after all others, by which a stop in any process stops all of them at the same batch.

@@ -36,7 +36,6 @@ class TrainStep:
         norm_order: p of the gradient norms to track; -1 is off.
         owns_batches: whether nobody writes into a batch's memory after its step.
         processes: that share each batch; None for a process that works alone.
-        fits_parts: whether parts may have to be taken again, in smaller ones.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class TrainStep:
         norm_order: float = -1,
         owns_batches: bool = False,
         processes: Processes | None = None,
-        fits_parts: bool = False,
     ) -> None:
         if compiled.optimizer is None and user_step is None:
             raise ValueError("Expected a module with trainable parameters, received one that has none to train.")
@@ -64,9 +62,8 @@ class TrainStep:
         self._window = Window(losses, world)
         self.together: Synchronisation | None = None
         if processes is not None:
-            self.together = Synchronisation(
-                processes, compiled.module, self._window, compiled.device, in_one_pass=not fits_parts
-            )
+            self.together = Synchronisation(processes, compiled.module, self._window, compiled.device)
+        self.processes = processes
         self._clip = gradient_clip_val
         self._norm_order = norm_order
         self._scaler = compiled.scaler

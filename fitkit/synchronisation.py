@@ -48,18 +48,18 @@ class Synchronisation:
         module: the user's.
         window: whose micro-batches are counted.
         device: where the module is.
+
+    Attributes:
         in_one_pass: whether a window's last backward pass may start the reduction; not where a part may have to be
             taken again, in smaller ones.
     """
 
-    def __init__(
-        self, processes: Processes, module: nn.Module, window: Window, device: torch.device, *, in_one_pass: bool
-    ) -> None:
+    def __init__(self, processes: Processes, module: nn.Module, window: Window, device: torch.device) -> None:
         self._processes = processes
         self._module = module
         self._window = window
         self._device = device
-        self._in_one_pass = in_one_pass and not window.has_several
+        self.in_one_pass = not window.has_several
         self._wrapper: Any = None
         self._trained: list[nn.Parameter] = []
         # What a sample weighs, known after the first step; until then nobody knows which parameters take part either.
@@ -92,7 +92,7 @@ class Synchronisation:
         """Begins a window, with the present batch."""
         self._samples = 0
         self._is_reduced = False
-        if self._in_one_pass and self._weight_of_sample is not None:
+        if self.in_one_pass and self._weight_of_sample is not None:
             self._window.expect(self._weight_of_sample * self._of / self._processes.world)
 
     def end_batch(self) -> None:
@@ -116,7 +116,7 @@ class Synchronisation:
     def _may_reduce(self) -> bool:
         """Whether a backward pass may reduce: all parameters take part in it, and what a sample weighs is known."""
         is_ready = self._weight_of_sample is not None and self._wrapper is not None
-        return self._in_one_pass and is_ready and not self._wrapper.find_unused_parameters
+        return self.in_one_pass and is_ready and not self._wrapper.find_unused_parameters
 
     def backward(self, parts: Sequence[Part], scaler: Any, held: Sequence[nn.Parameter]) -> None:
         """The backward pass of what `run` gave."""

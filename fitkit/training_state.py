@@ -156,7 +156,6 @@ class Progress:
         hooks: of these, of History and of the bar.
         noted: whether anybody could save in the midst of the run; otherwise nothing is noted for it.
         saved: the state that the fit goes on from, and its path; None once it is put back.
-        processes: that share the run.
         epoch: 0-based index.
         stage: where in the epoch the run is.
         logs: of the epoch, from the end of its batches on.
@@ -174,7 +173,6 @@ class Progress:
     hooks: HookTable
     noted: bool = True
     saved: tuple[dict[str, Any], Path] | None = None
-    processes: Processes | None = None
     epoch: int = field(init=False)
     stage: Stage = "begin"
     logs: dict[str, float] = field(default_factory=dict)
@@ -188,6 +186,11 @@ class Progress:
         self.batches.noted = self.noted
         if self.validation is not None:
             self.validation.noted = False  # it begins anew, except where it goes on from epoch to epoch
+
+    @property
+    def processes(self) -> Processes | None:
+        """Those that share the run."""
+        return self.step.processes
 
     # What the loop tells and asks
 

@@ -333,6 +333,41 @@ def micro_batches_that_fit() -> Any:
     return trained(compiled(), *classes(49, ignored=9), micro_batch_size="auto", accumulate_grad_batches=2)
 
 
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.bool))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return self.inner(x)
+
+
+@case
+def a_module_with_buffers() -> Any:
+    model = fitkit.Model(Counting(), device="cpu")
+    model.compile("adam", "cross_entropy")
+    return trained(model, *classes(49), validation_split=0.2)
+
+
+@case
+def scaled_losses() -> Any:
+    """In float16 sums of parts differ from the sum: what can be shown is that all processes end with the same weights."""
+    model = compiled(precision="16-mixed")
+    model.fit(*classes(49), epochs=2, batch_size=16, verbose=0, gradient_clip_val=1.0)
+    return {"loss": [round(loss, 2) for loss in model.history["loss"]]}
+
+
+@case
+def bfloat16() -> Any:
+    model = compiled(precision="bf16-mixed")
+    model.fit(*classes(49), epochs=2, batch_size=16, verbose=0, accumulate_grad_batches=2)
+    return {"loss": [round(loss, 2) for loss in model.history["loss"]]}
+
+
 @case
 def double_precision() -> Any:
     return trained(compiled(precision="64-true"), *classes())
