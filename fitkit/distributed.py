@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -132,6 +133,8 @@ def together(processes: Processes | None, device: torch.device) -> Iterator[None
     _running = processes
     try:
         yield
+        if store is not None:
+            _settle()
     except BaseException as error:
         if store is not None:
             _tell(store, processes, error)
@@ -139,6 +142,9 @@ def together(processes: Processes | None, device: torch.device) -> Iterator[None
     finally:
         _running = None
         if store is not None:
+            # torch 2.6 waits here for the group's threads and keeps Python's lock: a thread that is about to let a
+            # tensor go, for which it needs the lock, gets it before.
+            time.sleep(0.02)
             dist.destroy_process_group()
 
 
@@ -155,6 +161,16 @@ def _make_group(processes: Processes, device: torch.device) -> Any:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.world)
     return store
+
+
+def _settle() -> None:
+    """Waits for the other processes, and for the group's threads to have let go what was exchanged last."""
+    for _ in range(4):  # more than the threads that gloo has, which take turns
+        last = torch.zeros(1)
+        dist.all_reduce(last) if _talking_device().type == "cpu" else None
+        deadline = time.monotonic() + 1.0
+        while last._use_count() > 1 and time.monotonic() < deadline:  # type: ignore[attr-defined]
+            time.sleep(0.0005)
 
 
 def _tell(store: Any, processes: Processes, error: BaseException) -> None:

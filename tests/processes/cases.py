@@ -355,10 +355,13 @@ def a_module_with_buffers() -> Any:
 
 @case
 def scaled_losses() -> Any:
-    """In float16 sums of parts differ from the sum: what can be shown is that all processes end with the same weights."""
-    model = compiled(precision="16-mixed")
-    model.fit(*classes(49), epochs=2, batch_size=16, verbose=0, gradient_clip_val=1.0)
-    return {"loss": [round(loss, 2) for loss in model.history["loss"]]}
+    """In float16 sums of parts differ from the sum, and steps may be skipped: the run is near that in float32."""
+    losses = []
+    for precision in ("16-mixed", "32-true"):
+        model = compiled(precision=precision)
+        model.fit(*classes(49), epochs=4, batch_size=16, verbose=0, gradient_clip_val=1.0)
+        losses.append(model.history["loss"][-1])
+    return {"is near": abs(losses[0] - losses[1]) < 0.05}
 
 
 @case

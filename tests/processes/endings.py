@@ -1,4 +1,4 @@
-"""Small scripts for several processes, by name: `python endings.py NAME FOLDER`."""
+"""Small scripts for several processes, by name: `python endings.py NAME,NAME,... FOLDER`."""
 
 from __future__ import annotations
 
@@ -151,4 +151,5 @@ def refused() -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    for name in sys.argv[1].split(","):
+        globals()[name]()

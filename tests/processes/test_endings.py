@@ -35,39 +35,44 @@ def test_a_process_that_hangs_ends_the_others_by_their_timeout(launch: Any, tmp_
     assert re.search(r"\[0\] ended promptly: .*[Tt]imed out", ended.output), ended.output
 
 
-def test_a_group_of_the_users_is_used_and_left_alone(launch: Any, tmp_path: Path) -> None:
-    ended = launch("endings.py", "a_group_of_the_users", tmp_path, processes=2)
-    assert sorted(re.findall(r"\[\d\] kept .*", ended.output)) == ["[0] kept True 2", "[1] kept True 2"]
+@pytest.fixture(scope="module")
+def together(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What two processes wrote that did all that follows, one thing after the other, and the folder of their files."""
+    folder = tmp_path_factory.mktemp("endings")
+    names = "no_group_of_the_users,writing,single,refused,a_group_of_the_users"
+    ended = launch("endings.py", names, folder, processes=2)
+    assert ended.code == 0, ended.output
+    return ended.output, folder
 
 
-def test_a_group_that_a_run_made_is_gone_after_it(launch: Any, tmp_path: Path) -> None:
-    ended = launch("endings.py", "no_group_of_the_users", tmp_path, processes=2)
-    assert ended.output.count("left False") == 4, ended.output
+def test_a_group_of_the_users_is_used_and_left_alone(together: tuple[str, Path]) -> None:
+    assert sorted(re.findall(r"\[\d\] kept .*", together[0])) == ["[0] kept True 2", "[1] kept True 2"]
 
 
-def test_rank_0_alone_prints_and_writes_while_all_see_the_same_logs(launch: Any, tmp_path: Path) -> None:
-    ended = launch("endings.py", "writing", tmp_path, processes=2)
+def test_a_group_that_a_run_made_is_gone_after_it(together: tuple[str, Path]) -> None:
+    assert together[0].count("left False") == 4, together[0]
+
+
+def test_rank_0_alone_prints_and_writes_while_all_see_the_same_logs(together: tuple[str, Path]) -> None:
     for line in ("Epoch 1/2 - ", "Epoch 2/2 - ", "Evaluating - ", "epoch-1.fitkit.", "epoch-2.fitkit."):
-        assert ended.output.count(line) == 1, ended.output
-    logs = re.findall(r"\[\d\] logs (.*)", ended.output)
+        assert together[0].count(line) == 1, together[0]
+    logs = re.findall(r"\[\d\] logs (.*)", together[0])
     assert len(logs) == 2
     assert logs[0] == logs[1]
-    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
-    assert sorted(each.name for each in tmp_path.iterdir()) == [
+    assert len((together[1] / "log.csv").read_text().splitlines()) == 3
+    assert sorted(each.name for each in together[1].iterdir()) == [
         *("epoch-1.fitkit", "epoch-2.fitkit", "log.csv", "weights.pt")
     ]
 
 
-def test_single_works_alone_in_each_process(launch: Any, tmp_path: Path) -> None:
-    ended = launch("endings.py", "single", tmp_path, processes=2)
-    losses = re.findall(r"\[\d\] loss (.*)", ended.output)
+def test_single_works_alone_in_each_process(together: tuple[str, Path]) -> None:
+    losses = re.findall(r"\[\d\] loss (.*)", together[0])
     assert len(set(losses)) == 2
 
 
-def test_what_processes_cannot_share_is_refused(launch: Any, tmp_path: Path) -> None:
-    ended = launch("endings.py", "refused", tmp_path, processes=2)
+def test_what_processes_cannot_share_is_refused(together: tuple[str, Path]) -> None:
     for words in ("one that trains by itself", "DistributedSampler", "find_learning_rate", 'strategy="fsdp"'):
-        assert len(re.findall(f"refused .*{words}", ended.output)) == 2, ended.output
+        assert len(re.findall(f"refused .*{words}", together[0])) == 2, together[0]
 
 
 def test_ddp_without_other_processes_is_refused() -> None:
