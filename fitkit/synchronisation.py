@@ -67,6 +67,7 @@ class Synchronisation:
         self._of = 0
         self._samples = 0
         self._is_reduced = False
+        self._usual: tuple[float, Tensor] | None = None
 
     def begin_epoch(self, held: Sequence[nn.Parameter]) -> None:
         """Looks which parameters are trained in the epoch."""
@@ -133,13 +134,20 @@ class Synchronisation:
             return
         carrier = self._wrapper.module.weight
         carrier.grad = None
-        weight = window.weights()[0] * self._processes.world
-        carried = weight.to(carrier.dtype).reshape(1) if isinstance(weight, Tensor) else carrier.new_full((1,), weight)
+        carried = self._carried_by(carrier, window.weights()[0] * self._processes.world)
         if loss is None:  # no target here, but maybe in other processes
             nothing = [torch.zeros_like(parameter) for parameter in self._trained]
             torch.autograd.backward([*self._trained, carrier], [*nothing, carried])
         else:
             torch.autograd.backward([loss, carrier], [seed, carried])
+
+    def _carried_by(self, carrier: Tensor, weight: float | Tensor) -> Tensor:
+        """The weight as a gradient; that of the usual windows is kept."""
+        if isinstance(weight, Tensor):
+            return weight.to(carrier.dtype).reshape(1)
+        if self._usual is None or self._usual[0] != weight or self._usual[1].dtype != carrier.dtype:
+            self._usual = (weight, carrier.new_full((1,), weight).detach())
+        return self._usual[1]
 
     def close(self, held: Sequence[nn.Parameter]) -> None:
         """Leaves in the parameters the gradient of the window, the same in all processes."""
