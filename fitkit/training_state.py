@@ -344,7 +344,19 @@ class Progress:
             )
 
     def restore(self) -> None:
-        """Puts back the state that the run goes on from, over what the hooks before have done."""
+        """Puts back the state that the run goes on from, over what the hooks before have done.
+
+        Raises:
+            CheckpointError: not all processes of the run have found the same one.
+        """
+        if self.processes is not None:
+            places = gather(None if self.saved is None else self.saved[0]["run"]["data"]["taken"])
+            if len(set(places)) > 1:
+                ranks = [rank for rank, place in enumerate(places) if place is not None]
+                raise CheckpointError(
+                    f"Expected all processes to find the same file to go on from, received one in {ranks} of "
+                    f"{len(places)}, or different ones. Keep it in a folder that all hosts see."
+                )
         if self.saved is None:
             return
         (state, path), self.saved = self.saved, None

@@ -119,6 +119,16 @@ def writing() -> None:
     say(f"logs {seen}".replace("\n", " "))
 
 
+def a_backup_that_one_process_finds() -> None:
+    backup = BackupAndRestore(FOLDER / "seen", delete_checkpoint=False)
+    made().fit(*data(), epochs=1, verbose=0, callbacks=[backup])
+    unseen = BackupAndRestore(FOLDER / ("seen" if RANK == 0 else "unseen"))
+    try:
+        made().fit(*data(), epochs=2, verbose=0, callbacks=[unseen])
+    except ValueError as error:
+        say(f"refused {error}")
+
+
 def single() -> None:
     torch.manual_seed(RANK)
     model = fitkit.Model(nn.Linear(4, 1), device="cpu", strategy="single")

@@ -75,6 +75,12 @@ def test_what_processes_cannot_share_is_refused(together: tuple[str, Path]) -> N
         assert len(re.findall(f"refused .*{words}", together[0])) == 2, together[0]
 
 
+def test_a_backup_that_not_all_processes_find_is_refused(launch: Any, tmp_path: Path) -> None:
+    ended = launch("endings.py", "a_backup_that_one_process_finds", tmp_path, processes=2, seconds=60)
+    words = r"refused Expected all processes to find the same file .* received one in \[0\] of 2"
+    assert len(re.findall(words, ended.output)) == 2, ended.output
+
+
 def test_ddp_without_other_processes_is_refused() -> None:
     with pytest.raises(ValueError, match=r'strategy="ddp" needs several processes, .*torchrun'):
         fitkit.Model(torch.nn.Linear(1, 1), device="cpu", strategy="ddp")
