@@ -29,6 +29,21 @@ class Placed:
     on_host: Any
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes has of a batch.
+
+    Attributes:
+        batch: its part; None where it has none of the samples.
+        samples: in its part.
+        of: samples in the whole batch.
+    """
+
+    batch: Any
+    samples: int
+    of: int
+
+
 def unpack(batch: Any) -> tuple[Any, Any, Any]:
     """x, y and sample_weight of a batch; a batch that is neither tuple nor list is x.
 
@@ -67,6 +82,20 @@ def split(batch: Any, size: int) -> list[Any]:
             "smaller batches and use accumulate_grad_batches."
         )
     return [_rows(batch, samples, start, start + size) for start in range(0, samples, size)]
+
+
+def part_of(batch: Any, samples: int, start: int, stop: int) -> Any:
+    """The samples from start to stop of a batch that has so many; what is no tensor of so many rows stays as it is.
+
+    Raises:
+        TypeError: a batch object of another library, which only its library can cut.
+    """
+    if not any(True for _ in tensors(batch)):
+        raise TypeError(
+            f"Expected a batch of tensors, of which each process takes its part, received {show(batch)}. Pass a "
+            "Dataset, of which each process loads its samples alone."
+        )
+    return _rows(batch, samples, start, stop)
 
 
 def _rows(batch: Any, samples: int, start: int, stop: int) -> Any:

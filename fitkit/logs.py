@@ -7,7 +7,7 @@ callbacks are given. Metrics keep their own states (metrics.py); what a number m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, final
 
 import torch
@@ -143,6 +143,12 @@ class Mean:
             return so_far._sum / (so_far._weight + so_far._host_weight)
         return so_far._sum / so_far._host_weight if so_far._host_weight else so_far._sum * math.nan
 
+    def sums(self) -> tuple[float, float, int]:
+        """The sum of what came so far, its weight, and the index of the first batch that is not finite (-1: none)."""
+        self._flush()
+        weight = self._host_weight + (0.0 if self._weight is None else float(self._weight))
+        return 0.0 if self._sum is None else float(self._sum), weight, int(self.first_bad())
+
     def first_bad(self) -> Tensor:
         """The index of the first batch whose value is not finite, -1 when there is none, as a 0-d tensor."""
         found = self._summed_up()._first_bad
@@ -187,18 +193,22 @@ class Tally:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self.means: dict[str, Mean] = {}
 
     def mean(self, name: str, *, adds_up: bool = False) -> Mean:
         """The mean of that name, made on its first use."""
         if name not in self.means:
-            self.means[name] = Mean(self._device, adds_up=adds_up)
+            self.means[name] = Mean(self.device, adds_up=adds_up)
         return self.means[name]
 
     def reset(self) -> None:
         """Starts an epoch: what is not added in it has no mean."""
         self.means.clear()
+
+    def sums(self) -> dict[str, tuple[float, float, int]]:
+        """Of every mean so far the sum, the weight, and the index of the first batch that is not finite."""
+        return {name: mean.sums() for name, mean in self.means.items()}
 
     def values(self) -> dict[str, Tensor]:
         """Every mean so far, as 0-d tensors on the device."""
@@ -213,6 +223,28 @@ class Tally:
         self.reset()
         for name, kept in state.items():
             self.mean(name).load_state_dict(kept)
+
+
+def joined(
+    everywhere: Sequence[Mapping[str, tuple[float, float, int]]], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The means over what several tallies hold, and the index of the first batch with a loss that is not finite.
+
+    Args:
+        everywhere: their sums.
+        device: where the means go.
+    """
+    found: dict[str, list[tuple[float, float, int]]] = {}
+    for sums in everywhere:
+        for name, each in sums.items():
+            found.setdefault(name, []).append(each)
+    means = {}
+    for name, of_name in found.items():
+        weight = sum(each[1] for each in of_name)
+        mean = sum(each[0] for each in of_name) / weight if weight else math.nan
+        means[name] = torch.full((), mean, dtype=sum_dtype(device), device=device)
+    judged = [each[2] for name, of_name in found.items() for each in of_name if name.endswith("loss") and each[2] >= 0]
+    return means, torch.full((), min(judged, default=-1), device=device)
 
 
 def read(values: Mapping[str, Tensor]) -> dict[str, float]:

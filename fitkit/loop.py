@@ -73,14 +73,14 @@ class Step(Protocol):
     @property
     def logs(self) -> Any: ...
 
-    def __call__(self, batch: Any, index: int) -> None: ...
+    def __call__(self, batch: Any, index: int, /) -> None: ...
 
     def finish(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class TestRun:
-    """One evaluation: the step, its batches and who listens."""
+    """One evaluation: the step, its batches, who listens, and what takes a batch to the step."""
 
     __test__ = False  # not a test for pytest
 
@@ -88,16 +88,18 @@ class TestRun:
     step: TestStep
     batches: EpochPlan
     hooks: HookTable
+    take_batch: Step
 
 
 @dataclass(frozen=True)
 class PredictRun:
-    """One prediction: the step, its batches and who listens."""
+    """One prediction: the step, its batches, who listens, and what takes a batch to the step."""
 
     model: ModelProtocol
     step: PredictStep
     batches: EpochPlan
     hooks: HookTable
+    take_batch: Step
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def evaluate(run: TestRun) -> dict[str, float]:
             hook({})
         step.begin_epoch()
         with contextlib.closing(run.batches.epoch()) as batches:
-            run_batches(batches, step, hooks.on_test_batch_begin, hooks.on_test_batch_end)
+            run_batches(batches, run.take_batch, hooks.on_test_batch_begin, hooks.on_test_batch_end)
         logs = step.epoch_logs()
         finish(hooks.on_test_end, logs)
     return logs
@@ -183,7 +185,7 @@ def predict(run: PredictRun) -> list[Any]:
         for hook in hooks.on_predict_begin:
             hook({})
         with contextlib.closing(run.batches.epoch()) as batches:
-            run_batches(batches, step, hooks.on_predict_batch_begin, hooks.on_predict_batch_end)
+            run_batches(batches, run.take_batch, hooks.on_predict_batch_begin, hooks.on_predict_batch_end)
         finish(hooks.on_predict_end, {})
     return step.outputs
 

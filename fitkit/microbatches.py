@@ -77,6 +77,8 @@ class FittingParts:
         self.logs: BatchLogs = step.logs
         self.size: int | None = None
         self._step = step
+        if step.together is not None:
+            step.together.in_one_pass = False
 
     def __call__(self, batch: Any, index: int) -> None:
         waiting = self._split(batch)

@@ -24,7 +24,19 @@ from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.checkpoints import load_weights, save_state, save_weights
 from fitkit.computation import ClassWeight, Compiled, total_loss
 from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches, kept_generators
+from fitkit.data.shares import SharedBatches
 from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device, room_for_data
+from fitkit.distributed import (
+    Processes,
+    by_first,
+    check_strategy,
+    own_device,
+    processes_of,
+    running,
+    share_random_state,
+    share_tensors,
+    together,
+)
 from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
 from fitkit.flags import MAX_NB_EPOCHS, FitArguments, TrainingFlags
 from fitkit.gradients import kept_gradients, norm_names
@@ -36,6 +48,7 @@ from fitkit.optimization import OptimizerArgument, follow_parameters, make_optim
 from fitkit.output_losses import OutputLosses
 from fitkit.plan import Plan, make_plan
 from fitkit.script import write_script
+from fitkit.shared_steps import Agreement, SharedStep, joined_outputs, taking_shares
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
 from fitkit.training_state import Progress, check_model, model_state, read_training_state, restore_model
@@ -50,7 +63,11 @@ class Model:
 
     Args:
         module: any torch.nn.Module. It is moved to the device; its parameters stay the same objects.
-        device: "auto" takes the accelerator when there is one, else the CPU; or a name or torch.device.
+        device: "auto" takes the accelerator when there is one, else the CPU; or a name or torch.device. Of several
+            processes on a machine each takes an accelerator of its own.
+        strategy: "auto" shares the work with the other processes where torchrun or another launcher started this one,
+            or where the user has made a process group; so does "ddp", which is an error where there are no others.
+            "single" works alone. See docs/processes.md.
 
     Attributes:
         module: the module; another one needs another Model.
@@ -72,11 +89,12 @@ class Model:
         2
     """
 
-    def __init__(self, module: nn.Module, *, device: str | torch.device = "auto") -> None:
+    def __init__(self, module: nn.Module, *, device: str | torch.device = "auto", strategy: str = "auto") -> None:
         if not isinstance(module, nn.Module):
             hint = f" It is a class: write {module.__name__}()." if isinstance(module, type) else ""
             raise TypeError(f"Expected a torch.nn.Module, received module={show(module)}.{hint}")
-        self.device = resolve_device(device)
+        self._strategy = check_strategy(strategy)
+        self.device = resolve_device(own_device(device, self._strategy))
         self._module = module.to(self.device)
         self.history = History()
         self.stop_training = False
@@ -310,7 +328,7 @@ class Model:
             )
         )
         self.history = run.history
-        with self._fitting(run.progress, run.take_batch):
+        with self._together(processes_of(self._strategy)), self._fitting(run.progress, run.take_batch):
             loop.fit(run)
         return self.history
 
@@ -332,17 +350,12 @@ class Model:
         )
         held_out = _validation_batches(given.validation_data, held_out, validating, given.validation_split)
         training, held_out = self._kept_on_device(training, held_out)
-        step = TrainStep(
-            compiled,
-            self._overridden("training_step"),
-            self._class_weight(given.class_weight, given.sample_weight),
-            gradient_clip_val=flags.gradient_clip_val,
-            norm_order=float(flags.track_grad_norm),
-            owns_batches=training.owned,
-        )
-        batches = _training_plan(training, flags, self.device)
-        level = resolve_verbose(given.verbose)
-        validation_plan = _validation_plan(held_out, flags, given.validation_batch_size)
+        processes = processes_of(self._strategy)
+        class_weight = self._class_weight(given.class_weight, given.sample_weight)
+        step = self._train_step(flags, training, class_weight, processes)
+        batches = _training_plan(training, flags, self.device, processes)
+        level = _verbose(given.verbose, processes)
+        validation_plan = _validation_plan(held_out, flags, given.validation_batch_size, self.device, processes)
         measured = held_out is not None and any(map(flags.validates, range(flags.initial_epoch, flags.last_epoch)))
         chosen = self._callbacks(given.callbacks, given.early_stop_callback, flags, validates=measured)
         self._check_monitors(chosen, flags, validates=measured)
@@ -359,10 +372,9 @@ class Model:
         noted = type(self) is not Model or not all(isinstance(each, EarlyStopping) for each in chosen)
         progress = Progress(self, compiled, flags, facts, step, sizes, batches, validation_plan, chosen, hooks, noted)
         progress.saved = self._saved_state(given.resume_from, chosen, progress)
-        validation = None
-        if validation_plan is not None:
-            validation = loop.TestRun(self, self._test_step(compiled, held_out), validation_plan, hooks)
-        return loop.FitRun(self, step, batches, hooks, flags, parts, validation, chosen, progress, history)
+        validation = validation_plan and self._test_run(held_out, validation_plan, hooks, processes)
+        take_batch = taking_shares(parts, step)
+        return loop.FitRun(self, step, batches, hooks, flags, take_batch, validation, chosen, progress, history)
 
     def plan(self, data: Any, y: Any = None, **fit_arguments: Any) -> Plan:
         """What `fit` would do with these arguments, as a table: it trains nothing and changes nothing.
@@ -447,7 +459,7 @@ class Model:
             ValueError: arguments out of range or in conflict, or data that does not fit.
             TypeError: arguments of a wrong type.
         """
-        compiled = self._require_compiled()
+        self._require_compiled()
         check_flag("return_dict", return_dict)
         self._check_steps(validates=True)
         batching = self._batching(batch_size, None, training=False, loader_options=dataloader_options)
@@ -455,9 +467,15 @@ class Model:
         self._check_parts(batches, "data")
         if batch_size is None and steps is None and self._may_enlarge("validation_step", callbacks):
             batches = batches.in_large_batches()
-        plan = _plan(batches, steps)
-        with self._listeners(callbacks, verbose, plan) as hooks, self._undisturbed(), loop.reported_errors(hooks):
-            logs = loop.evaluate(loop.TestRun(self, self._test_step(compiled, batches), plan, hooks))
+        processes = processes_of(self._strategy)
+        plan = _plan(batches, steps, self.device, processes)
+        with (
+            self._together(processes),
+            self._listeners(callbacks, verbose, plan) as hooks,
+            self._undisturbed(),
+            loop.reported_errors(hooks),
+        ):
+            logs = loop.evaluate(self._test_run(batches, plan, hooks, processes))
         return self._returned(logs, return_dict)
 
     def predict(
@@ -482,7 +500,8 @@ class Model:
 
         Returns:
             CPU tensors in the structure of the module's output, joined along the batch dimension. 0-d tensors and
-            what is no tensor are left out.
+            what is no tensor are left out. Where several processes share the work, each gets the outputs for all
+            samples.
 
         Raises:
             ValueError: arguments out of range or in conflict, or data that does not fit.
@@ -492,10 +511,19 @@ class Model:
         batches = as_batches(data, None, None, batching)
         if batch_size is None and steps is None and self._may_enlarge("predict_step", callbacks):
             batches = batches.in_large_batches()
-        plan = _plan(batches, steps)
+        processes = processes_of(self._strategy)
+        plan = _plan(batches, steps, self.device, processes)
         step = PredictStep(self._for_prediction(), self._overridden("predict_step"))
-        with self._listeners(callbacks, verbose, plan) as hooks, self._undisturbed(), loop.reported_errors(hooks):
-            outputs = loop.predict(loop.PredictRun(self, step, plan, hooks))
+        shared = None if processes is None else SharedStep(step, step)
+        with (
+            self._together(processes),
+            self._listeners(callbacks, verbose, plan) as hooks,
+            self._undisturbed(),
+            loop.reported_errors(hooks),
+        ):
+            outputs = loop.predict(loop.PredictRun(self, step, plan, hooks, shared or step))
+            if shared is not None:
+                outputs = joined_outputs(step, shared.taken)
         return _joined(outputs)
 
     def find_learning_rate(
@@ -542,6 +570,12 @@ class Model:
         """
         compiled = self._require_compiled()
         test = RangeTest(start, end, steps)
+        processes = processes_of(self._strategy)
+        if processes is not None and processes.world > 1:
+            raise ValueError(
+                f"find_learning_rate(...) works in one process, received {processes.world}. Call it in a script that "
+                "is started without torchrun; the rate holds for any number of processes, as batch_size does."
+            )
         if self._progress is not None:
             raise ValueError("find_learning_rate(...) was called from within a fit of the same Model. Call it before.")
         batches = as_batches(data, y, sample_weight, self._batching(batch_size, None, training=True))
@@ -601,7 +635,7 @@ class Model:
         compiled = self._require_compiled()
         step = TrainStep(compiled, self._overridden("training_step"), self._class_weight(class_weight, sample_weight))
         batch = self._one_batch(_whole(x, y, compiled), y, sample_weight)
-        with kept_modes(self.module), kept_gradients(held_parameters(compiled)):
+        with self._alike(), kept_modes(self.module), kept_gradients(held_parameters(compiled)):
             if not self.module.training:
                 self.module.train()
             step(batch, 0)
@@ -631,7 +665,7 @@ class Model:
         self._check_steps(validates=True)
         step = self._test_step(compiled)
         batch = self._one_batch(_whole(x, y, compiled), y, sample_weight)
-        with self._undisturbed(), kept_modes(self.module):
+        with self._alike(), self._undisturbed(), kept_modes(self.module):
             self.module.eval()
             step(batch, 0)
             logs = step.epoch_logs()
@@ -649,7 +683,7 @@ class Model:
         """
         step = PredictStep(self._for_prediction(), self._overridden("predict_step"))
         batch = self._one_batch(x, None, None)
-        with self._undisturbed(), kept_modes(self.module):
+        with self._alike(), self._undisturbed(), kept_modes(self.module):
             self.module.eval()
             step(batch, 0)
         return _joined(step.outputs)
@@ -738,10 +772,12 @@ class Model:
             OSError: the file cannot be written; what was there before is intact.
         """
         compiled = self._require_compiled()
-        if self._progress is not None:
-            save_state(path, self._progress.state_dict())
-        else:
-            save_state(path, {**model_state(self, compiled), "run": self._ended()})
+        with self._together(processes_of(self._strategy)):
+            if self._progress is not None:
+                state = self._progress.state_dict()
+            else:
+                state = {**model_state(self, compiled), "run": self._ended()}
+            by_first(lambda: save_state(path, state))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads weights, optimizer and history from a file of `save`; a fit after it trains all its epochs.
@@ -768,7 +804,8 @@ class Model:
         Args:
             path: where to.
         """
-        save_weights(self.module, path)
+        with self._together(processes_of(self._strategy)):
+            by_first(lambda: save_weights(self.module, path))
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Reads weights that `save_weights` or ``torch.save(module.state_dict(), path)`` wrote.
@@ -798,9 +835,30 @@ class Model:
         step: Callable[[Any, int], Any] = getattr(self, name)
         return None if getattr(step, "__func__", None) is getattr(Model, name) else step
 
-    def _test_step(self, compiled: Compiled, batches: Batches | None = None) -> TestStep:
-        owned = batches is not None and batches.owned
-        return TestStep(compiled, self._overridden("validation_step"), owns_batches=owned)
+    def _test_step(
+        self, compiled: Compiled, batches: Batches | None = None, processes: Processes | None = None
+    ) -> TestStep:
+        owned, shared = batches is not None and batches.owned, processes is not None
+        return TestStep(compiled, self._overridden("validation_step"), owns_batches=owned, is_shared=shared)
+
+    def _train_step(
+        self, flags: TrainingFlags, data: Batches, class_weight: ClassWeight | None, processes: Processes | None
+    ) -> TrainStep:
+        return TrainStep(
+            self._require_compiled(),
+            self._overridden("training_step"),
+            class_weight,
+            gradient_clip_val=flags.gradient_clip_val,
+            norm_order=float(flags.track_grad_norm),
+            owns_batches=data.owned,
+            processes=processes,
+        )
+
+    def _test_run(
+        self, data: Batches | None, plan: EpochPlan, hooks: HookTable, processes: Processes | None
+    ) -> loop.TestRun:
+        step = self._test_step(self._require_compiled(), data, processes)
+        return loop.TestRun(self, step, plan, hooks, step if processes is None else SharedStep(step, step))
 
     def _check_steps(self, *, validates: bool) -> None:
         needs_loss = self._require_compiled().losses is None and self._overridden("training_step") is not None
@@ -924,7 +982,18 @@ class Model:
         for callback in [*listeners, *bars] if introduces else []:
             callback.set_model(self)
             callback.set_params(params)
-        return HookTable([*listeners, *more, *bars])
+        processes = processes_of(self._strategy)
+        if processes is None:
+            return HookTable([*listeners, *more, *bars])
+        agreement = Agreement(self, at_batches=self._may_stop_at_batches(listeners))
+        called = [each for each in listeners if processes.rank == 0 or not each.only_on_rank_0]
+        return HookTable([*called, *more, *bars, agreement])
+
+    def _may_stop_at_batches(self, callbacks: Sequence[Callback]) -> bool:
+        """Whether anything might set stop_training between two batches: a callback that hears of them, or a step."""
+        hooks = {"on_train_batch_begin", "on_train_batch_end"}
+        hear = any(hooks & set(implemented_hooks(each)) for each in callbacks if not each.only_on_rank_0)
+        return hear or self._overridden("training_step") is not None
 
     def _may_enlarge(self, step: str, callbacks: Any) -> bool:
         """Whether nothing would notice batches of another size: no step or callback of the user's, no function."""
@@ -972,10 +1041,35 @@ class Model:
         chosen = check_callbacks(callbacks)
         before = [(callback, callback.params) for callback in chosen]
         try:
-            yield self._hooks(chosen, {"steps": plan.length, "verbose": resolve_verbose(verbose)})
+            level = _verbose(verbose, processes_of(self._strategy))
+            yield self._hooks(chosen, {"steps": plan.length, "verbose": level})
         finally:
             for callback, params in before:
                 callback.set_params(params)
+
+    @contextmanager
+    def _together(self, processes: Processes | None) -> Iterator[None]:
+        """While a run lasts, the processes have a group; they begin with the weights and random state of rank 0."""
+        if processes is None or running() is not None:
+            yield
+            return
+        with together(processes, self.device):
+            held = self.module.parameters() if self._compiled is None else held_parameters(self._compiled)
+            share_tensors([*held, *self.module.buffers()])
+            share_random_state(self.device)
+            yield
+            share_random_state(self.device)
+
+    @contextmanager
+    def _alike(self) -> Iterator[None]:
+        """For one batch, which each process takes whole: all of them draw the same, and so stay the same."""
+        processes, is_within = processes_of(self._strategy), running() is not None
+        if processes is None:
+            yield
+            return
+        with self._together(processes), kept_random_state(self.device) if is_within else nullcontext():
+            share_random_state(self.device)
+            yield
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         """Inside a fit, what a callback evaluates or predicts changes nothing that the fit draws."""
@@ -1080,24 +1174,43 @@ def _validation_batches(
     return as_batches(validation_data, None, None, batching)
 
 
-def _plan(batches: Batches, steps: int | None) -> EpochPlan:
+def _verbose(verbose: int | str, processes: Processes | None) -> int:
+    """What verbose means here: of several processes only rank 0 shows something."""
+    level = resolve_verbose(verbose)
+    return level if processes is None or processes.rank == 0 else 0
+
+
+def _shared(batches: Batches, processes: Processes | None, device: torch.device, *, training: bool = False) -> Batches:
+    return batches if processes is None else SharedBatches(batches, processes, device, training=training)
+
+
+def _plan(batches: Batches, steps: int | None, device: torch.device, processes: Processes | None) -> EpochPlan:
     if steps is not None:
         check_integer("steps", steps, least=1)
-    return EpochPlan(batches, steps, "data", "steps")
+    return EpochPlan(_shared(batches, processes, device), steps, "data", "steps")
 
 
-def _training_plan(batches: Batches, flags: TrainingFlags, device: torch.device) -> EpochPlan:
+def _training_plan(
+    batches: Batches, flags: TrainingFlags, device: torch.device, processes: Processes | None
+) -> EpochPlan:
     fraction, name = flags.train_percent_check, "train_percent_check"
     if flags.overfit_pct:
         fraction, name = flags.overfit_pct, "overfit_pct"
         batches = batches.in_order()
     limit = _limit(batches, flags.steps_per_epoch, fraction, name, "steps_per_epoch")
-    plan = EpochPlan(batches, limit, "data", "steps_per_epoch", device=device)
+    shared = _shared(batches, processes, device, training=True)
+    plan = EpochPlan(shared, limit, "data", "steps_per_epoch", device=device)
     plan.check_epochs(flags.last_epoch - flags.initial_epoch)
     return plan
 
 
-def _validation_plan(batches: Batches | None, flags: TrainingFlags, batch_size: int | None) -> EpochPlan | None:
+def _validation_plan(
+    batches: Batches | None,
+    flags: TrainingFlags,
+    batch_size: int | None,
+    device: torch.device,
+    processes: Processes | None,
+) -> EpochPlan | None:
     if batches is None:
         for name, value in (("validation_steps", flags.validation_steps), ("validation_batch_size", batch_size)):
             if value is not None:
@@ -1108,7 +1221,8 @@ def _validation_plan(batches: Batches | None, flags: TrainingFlags, batch_size: 
         fraction, name = flags.overfit_pct, "overfit_pct"
         batches = batches.in_order()
     limit = _limit(batches, flags.validation_steps, fraction, name, "validation_steps")
-    plan = EpochPlan(batches, limit, "validation_data", "validation_steps", anew=True)
+    shared = _shared(batches, processes, device)
+    plan = EpochPlan(shared, limit, "validation_data", "validation_steps", anew=True)
     if not batches.again:
         plan.check_epochs(sum(map(flags.validates, range(flags.initial_epoch, flags.last_epoch))))
     return plan

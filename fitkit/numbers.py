@@ -15,8 +15,9 @@ from torch import Tensor
 from fitkit._types import OutputMeaning
 from fitkit.batch import mapped, tensors
 from fitkit.computation import Compiled, Outcome, UserStep
+from fitkit.distributed import gather
 from fitkit.gradients import GradientNorms
-from fitkit.logs import Tally
+from fitkit.logs import Tally, joined
 from fitkit.metrics import RunningMetrics
 from fitkit.output_losses import OutputLosses
 from fitkit.windows import weighted_sum
@@ -35,6 +36,8 @@ class Numbers:
         metrics: running metrics.
         last: the latest batch's loss.
         norms: of the gradients, where they are tracked.
+        is_shared: whether an epoch's numbers are those of all processes together; until its end they are those of this
+            process's samples.
     """
 
     compiled: Compiled
@@ -45,6 +48,7 @@ class Numbers:
     metrics: RunningMetrics
     last: Tensor | None = None
     norms: GradientNorms | None = None
+    is_shared: bool = False
 
     @classmethod
     def start(cls, compiled: Compiled, user_step: UserStep | None, *, owns_batches: bool) -> Numbers:
@@ -141,6 +145,17 @@ class Numbers:
         means = self.tally.values()
         values = {"loss": self.loss(means), **means}
         return {**values, **self.metrics.compute()}
+
+    def values_and_first_bad(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The numbers of an epoch that is complete, and the index of its first batch whose loss is not finite.
+
+        Where processes share the batches, each of them has to call it.
+        """
+        if not self.is_shared:
+            return self.values(), self.first_bad()
+        means, first_bad = joined(gather(self.tally.sums()), self.tally.device)
+        values = {"loss": self.loss(means), **means, **self.metrics.compute(across_processes=True)}
+        return values, first_bad
 
     def loss(self, means: Mapping[str, Tensor]) -> Tensor:
         """The total loss: the mean, or the weighted sum of the outputs' means."""

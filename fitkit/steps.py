@@ -16,9 +16,11 @@ from fitkit import batch as batches_of
 from fitkit.computation import ClassWeight, Compiled, Computation, Outcome, UserStep, transfer_of
 from fitkit.device import autocast, copy_back, random_state, restore_random_state
 from fitkit.diagnosis import explain_nonfinite
+from fitkit.distributed import Processes, share_tensors
 from fitkit.gradients import GradientNorms, clip_gradients
 from fitkit.logs import BatchLogs, read
 from fitkit.numbers import Numbers
+from fitkit.synchronisation import Synchronisation
 from fitkit.windows import Window
 
 
@@ -33,6 +35,7 @@ class TrainStep:
         gradient_clip_val: norm to which the gradients are clipped; 0 is off.
         norm_order: p of the gradient norms to track; -1 is off.
         owns_batches: whether nobody writes into a batch's memory after its step.
+        processes: that share each batch; None for a process that works alone.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class TrainStep:
         gradient_clip_val: float = 0.0,
         norm_order: float = -1,
         owns_batches: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         if compiled.optimizer is None and user_step is None:
             raise ValueError("Expected a module with trainable parameters, received one that has none to train.")
@@ -52,7 +56,14 @@ class TrainStep:
         self._compute = Computation(compiled, user_step, class_weight)
         self._autocast = autocast(compiled.precision, compiled.device)
         self._compiled = compiled
-        self._window = Window(None if user_step is not None else compiled.losses)
+        losses, world = None if user_step is not None else compiled.losses, None
+        if processes is not None:
+            self.numbers.is_shared, world = True, processes.world
+        self._window = Window(losses, world)
+        self.together: Synchronisation | None = None
+        if processes is not None:
+            self.together = Synchronisation(processes, compiled.module, self._window, compiled.device)
+        self.processes = processes
         self._clip = gradient_clip_val
         self._norm_order = norm_order
         self._scaler = compiled.scaler
@@ -79,6 +90,8 @@ class TrainStep:
         if self._norm_order != -1:
             trained = trained_parameters(self._compiled)
             self.numbers.norms = GradientNorms(self._compiled.module, trained, self._norm_order)
+        if self.together is not None:
+            self.together.begin_epoch(self._held)
         self._window.discard()
         self.numbers.reset()
 
@@ -92,25 +105,28 @@ class TrainStep:
             is_last: whether it is the last of them.
         """
         # A window starts without gradients; the last one of an epoch may be short.
+        together = self.together
         if self._window.is_complete:
-            if not self._by_hand:
-                self._clear_gradients()
-            left = self._batches_per_step if self._length is None else self._length - index
-            # Data that gives more batches than it said goes on in whole windows.
-            self._window.open(min(self._batches_per_step, left) if left > 0 else self._batches_per_step, parts)
+            self._open_window(index, parts)
 
         # Forward and loss, in the user's precision.
         with self._autocast:
-            outcome = self._compute(batch, index)
+            if together is None:
+                outcome = self._compute(batch, index)
+            else:
+                outcome = together.run(self._compute, batch, index, is_last=is_last)
 
         # Backward.
         if has_gradient := self._has_gradient(outcome):
-            loss, seed = self._window.take(outcome.parts)
-            if self._window.is_separate:
-                self._window.backward_each(outcome.parts, self._scaler, self._held)
-            elif loss is not None:
-                scaled = loss if self._scaler is None else self._scaler.scale(loss)
-                scaled.backward(seed)
+            if together is not None:
+                together.backward(outcome.parts, self._scaler, self._held)
+            else:
+                loss, seed = self._window.take(outcome.parts)
+                if self._window.is_separate:
+                    self._window.backward_each(outcome.parts, self._scaler, self._held)
+                elif loss is not None:
+                    scaled = loss if self._scaler is None else self._scaler.scale(loss)
+                    scaled.backward(seed)
 
         # Numbers stay on the device; they are those before the step, which an output may share memory with.
         self.numbers.add(outcome, index, batch)
@@ -120,6 +136,22 @@ class TrainStep:
         # Where the window is complete, the optimizer's step.
         if has_gradient and is_last:
             self.end_batch()
+
+    def skip(self, index: int) -> None:
+        """Takes part in a batch of which this process has no sample."""
+        if self._window.is_complete:
+            self._open_window(index, 1)
+        self.index = index
+        self.end_batch()
+
+    def _open_window(self, index: int, parts: int) -> None:
+        if not self._by_hand:
+            self._clear_gradients()
+        left = self._batches_per_step if self._length is None else self._length - index
+        # Data that gives more batches than it said goes on in whole windows.
+        self._window.open(min(self._batches_per_step, left) if left > 0 else self._batches_per_step, parts)
+        if self.together is not None:
+            self.together.open()
 
     def _has_gradient(self, outcome: Outcome) -> bool:
         """Whether there is something to go backward from; not after a step of the user's that trained by itself."""
@@ -133,6 +165,11 @@ class TrainStep:
             raise ValueError(
                 "Expected a loss with a gradient, received one that depends on no trainable parameter. Is the output "
                 "detached, computed under torch.no_grad(), or all of its way frozen?"
+            )
+        if self.together is not None:
+            raise ValueError(
+                "Expected a training_step that returns its loss with a gradient, which the processes bring together; "
+                'received one that trains by itself. Use one process, or Model(strategy="single").'
             )
         self._by_hand = True
         self._window.discard()
@@ -150,6 +187,8 @@ class TrainStep:
             with self._autocast:
                 self._compute(batch, 0)
 
+        if batch is None:
+            return "It is not known where."
         if self._by_hand:
             return "The training_step trains by itself; look at what it returns."
         return explain_nonfinite(self._compiled.module, batch, forward, self.device)
@@ -157,6 +196,8 @@ class TrainStep:
     def end_batch(self) -> None:
         """Ends a batch: where it completes the window, the optimizer makes its step."""
         self._window.end_batch()
+        if self.together is not None:
+            self.together.end_batch()
         if self._window.is_complete:
             self._update()
 
@@ -183,6 +224,8 @@ class TrainStep:
         if not self._window.is_complete:
             self._update()
         self._window.discard()
+        if self.together is not None:  # running statistics are those of rank 0
+            share_tensors(self._compiled.module.buffers())
 
     def release(self) -> None:
         """Leaves no gradient and no batch behind, only the shapes of the latest one."""
@@ -190,6 +233,8 @@ class TrainStep:
         self.latest_input = self._describe_latest()
         self._latest = None
         self._clear_gradients()
+        if self.together is not None:
+            self.together.release()
 
     def _describe_latest(self) -> Any:
         """Shapes and types of what the module was called on; None where that is not known."""
@@ -228,12 +273,15 @@ class TrainStep:
     def _update(self) -> None:
         """One optimizer step: unscale, norm, clip, step."""
         window, optimizer, scaler = self._window, self._compiled.optimizer, self._scaler
+        if self.together is not None:
+            self.together.close(self._held)
         if not window.holds_something:
             window.discard()
             return
         if optimizer is None:
             raise ValueError("Expected a module with something to train, received one without trainable parameters.")
-        window.close(self._held)
+        if self.together is None:
+            window.close(self._held)
         if scaler is not None:
             scaler.unscale_(optimizer)
         norms = None if self.numbers.norms is None else self.numbers.norms.measure()
@@ -252,10 +300,10 @@ class TrainStep:
 
     def epoch_logs(self) -> tuple[dict[str, float], int | None]:
         """The epoch's numbers, read at once, and the first batch whose loss was not finite (None: all were)."""
-        values = self.numbers.values()
+        values, first = self.numbers.values_and_first_bad()
         if self.numbers.norms is not None:
             values |= self.numbers.norms.means()
-        numbers = read({**values, _FIRST_BAD: self.numbers.first_bad()})
+        numbers = read({**values, _FIRST_BAD: first})
         first_bad = numbers.pop(_FIRST_BAD)
         return numbers, None if first_bad < 0 else int(first_bad)
 
@@ -288,12 +336,21 @@ class TestStep:
         compiled: what `Model.compile` made.
         user_step: an overridden validation_step.
         owns_batches: whether nobody writes into a batch's memory after its step.
+        is_shared: whether several processes share each batch.
     """
 
     __test__ = False  # not a test for pytest
 
-    def __init__(self, compiled: Compiled, user_step: UserStep | None = None, *, owns_batches: bool = False) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        user_step: UserStep | None = None,
+        *,
+        owns_batches: bool = False,
+        is_shared: bool = False,
+    ) -> None:
         self.numbers = Numbers.start(compiled, user_step, owns_batches=owns_batches)
+        self.numbers.is_shared = is_shared
         self.logs = BatchLogs(self.numbers)
         self._compute = Computation(compiled, user_step)
         self._autocast = autocast(compiled.precision, compiled.device)
@@ -314,7 +371,10 @@ class TestStep:
 
     def epoch_logs(self) -> dict[str, float]:
         """The numbers of all batches, read at once."""
-        return read(self.numbers.values())
+        return read(self.numbers.values_and_first_bad()[0])
+
+    def skip(self, index: int) -> None:
+        """A batch of which this process has no sample."""
 
 
 @final
@@ -345,6 +405,10 @@ class PredictStep:
                 output = batches_of.call(self._compiled.forward, batches_of.unpack(batch)[0])
         self.logs = {"outputs": output}
         self.outputs.append(batches_of.on_cpu(output))
+
+    def skip(self, index: int) -> None:
+        """A batch of which this process has no sample."""
+        self.logs = {}
 
     def finish(self) -> None:
         """Nothing is open at the end."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fitkit._types import ModelProtocol
+from fitkit.batch import mapped
 from fitkit.callbacks import Callback
 from fitkit.callbacks.hooks import Hook, HookTable
 from fitkit.checkpoints import Path, check_fits, fill, load_state
@@ -28,6 +29,7 @@ from fitkit.device import (
     restore_random_state,
     set_modes,
 )
+from fitkit.distributed import Processes, gather, running
 from fitkit.errors import CheckpointError
 from fitkit.flags import TrainingFlags
 from fitkit.history import History, as_number
@@ -185,6 +187,11 @@ class Progress:
         if self.validation is not None:
             self.validation.noted = False  # it begins anew, except where it goes on from epoch to epoch
 
+    @property
+    def processes(self) -> Processes | None:
+        """Those that share the run."""
+        return self.step.processes
+
     # What the loop tells and asks
 
     def begin_hooks(self, hooks: Sequence[Hook]) -> Iterator[Hook]:
@@ -267,11 +274,22 @@ class Progress:
             "stop": self.model.stop_training and not stopped,
             "called": [keys[id(owner)] for owner in self._called if id(owner) in keys],
             "step": self.step.state_dict() if in_epoch else None,
+            "processes": self._of_processes(in_epoch=in_epoch),
             "part_size": None if self.part_size is None else self.part_size.state_dict(),
             "data": _plain(self.batches.state_dict(in_epoch=in_epoch)),
             "validation_data": None if validation is None else _plain(validation),
             "callbacks": callback_states(self.callbacks),
         }
+
+    def _of_processes(self, *, in_epoch: bool) -> dict[str, Any] | None:
+        """What each process has of its own: its samples' numbers and gradients, and its random state."""
+        if self.processes is None or running() is None:
+            return None
+        before = None if self._before is None else self._before[0]
+        random = plain_random_state(random_state(self.compiled.device) if before is None else before)
+        step = mapped(Tensor.cpu, self.step.state_dict()) if in_epoch else None
+        everywhere = gather((step, random))
+        return {"step": [each[0] for each in everywhere], "random": [each[1] for each in everywhere]}
 
     def ended(self, error: BaseException | None) -> Callable[[], dict[str, Any]]:
         """What makes the run's part of a state after its end. It keeps the callbacks, but neither data nor batches.
@@ -306,6 +324,13 @@ class Progress:
                 f"there is no exact place to resume at. Use model.load({str(path)!r}) and fit(initial_epoch="
                 f"{run['epoch']}), or save with BackupAndRestore during the run."
             )
+        worked = len((run.get("processes") or {}).get("step", [None]))
+        works = 1 if self.processes is None else self.processes.world
+        if run["step"] is not None and worked != works:
+            raise CheckpointError(
+                f"{path!s} was saved in the midst of an epoch by {worked} process(es), each of which has its own part "
+                f"of it; received {works}. Resume with as many, or from a file that was saved at the end of an epoch."
+            )
         then, now = run["arguments"], self.arguments
         differing = [
             f"{name}={now.get(name)!r} now and {then.get(name)!r} in the file"
@@ -319,7 +344,19 @@ class Progress:
             )
 
     def restore(self) -> None:
-        """Puts back the state that the run goes on from, over what the hooks before have done."""
+        """Puts back the state that the run goes on from, over what the hooks before have done.
+
+        Raises:
+            CheckpointError: not all processes of the run have found the same one.
+        """
+        if self.processes is not None:
+            places = gather(None if self.saved is None else self.saved[0]["run"]["data"]["taken"])
+            if len(set(places)) > 1:
+                ranks = [rank for rank, place in enumerate(places) if place is not None]
+                raise CheckpointError(
+                    f"Expected all processes to find the same file to go on from, received one in {ranks} of "
+                    f"{len(places)}, or different ones. Keep it in a folder that all hosts see."
+                )
         if self.saved is None:
             return
         (state, path), self.saved = self.saved, None
@@ -341,15 +378,20 @@ class Progress:
                 callback.load_state_dict(run["callbacks"][key])  # type: ignore[attr-defined]
         if self.part_size is not None and run["part_size"] is not None:
             self.part_size.load_state_dict(run["part_size"])
+        of_processes: dict[str, Any] | None = run.get("processes")
+        own, world = (0, 1) if self.processes is None else (self.processes.rank, self.processes.world)
         if run["step"] is not None:
-            self.step.load_state_dict(run["step"])
+            self.step.load_state_dict(run["step"] if of_processes is None else of_processes["step"][own])
         in_epoch = self.stage == "train"
         self.batches.load_state_dict(
             _raw(run["data"]), in_epoch=in_epoch, ends_here=in_epoch and self.model.stop_training
         )
         if self.validation is not None and run["validation_data"] is not None:
             self.validation.load_state_dict(_raw(run["validation_data"]), in_epoch=False)
-        restore_random_state(random_state_of(state["random"]), self.compiled.device)
+        random = state["random"]
+        if of_processes is not None and len(of_processes["random"]) == world:
+            random = of_processes["random"][own]
+        restore_random_state(random_state_of(random), self.compiled.device)
 
     def _replay_beginning(self, run: Mapping[str, Any]) -> None:
         """Lets callbacks begin the epoch again, for what they keep outside of any state: an open file, a bar."""

@@ -28,9 +28,11 @@ class Window:
 
     Args:
         losses: of every output; None when the module or training_step gives the loss itself.
+        processes: how many share each window, and are averaged over afterwards; None for a process that works alone.
     """
 
-    def __init__(self, losses: OutputLosses | None) -> None:
+    def __init__(self, losses: OutputLosses | None, processes: int | None = None) -> None:
+        self._processes = processes
         active = [] if losses is None else [losses.losses[index] for index in losses.active]
         self._shares = [1.0] if losses is None else [losses.weights[index] for index in losses.active]
         self._adds_up = [loss is not None and loss.adds_up for loss in active] or [False]
@@ -65,8 +67,42 @@ class Window:
         """
         self.size = batches * parts
         self.is_complete = False
-        self.is_separate = self._outputs_differ and self.size > 1
+        self.is_separate = self._outputs_differ and not self._is_whole
         self._batches_left = batches
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether one micro-batch of one process is all there is."""
+        return self.size == 1 and self._processes is None
+
+    # What several processes tell the window, and ask it
+
+    @property
+    def outputs(self) -> int:
+        """How many losses there are."""
+        return len(self._shares)
+
+    @property
+    def has_several(self) -> bool:
+        """Whether there are several losses."""
+        return len(self._shares) > 1
+
+    @property
+    def is_at_last_batch(self) -> bool:
+        """Whether the batch in progress completes the window."""
+        return self._batches_left == 1
+
+    def expect(self, weight: float) -> None:
+        """Says what one of its batches is expected to weigh, where that is known before the first one."""
+        self._expected = [self.size * weight]
+
+    def weights(self) -> list[Weight]:
+        """What the micro-batches so far weigh together, of each output; nothing before the first one."""
+        return list(self._actual)
+
+    def weigh(self, weights: Sequence[Weight]) -> None:
+        """Says what the window weighs in all processes, over their number."""
+        self._actual = list(weights)
 
     def state(self) -> dict[str, Any]:
         """What the window is now, to come back to with `restore`."""
@@ -91,7 +127,7 @@ class Window:
             setattr(self, f"_{name}", _on(device, state[name]))
         self.size, self.holds_something = state["size"], state["holds_something"]
         self.is_complete = self._batches_left <= 0
-        self.is_separate = self._outputs_differ and self.size > 1
+        self.is_separate = self._outputs_differ and not self._is_whole
 
     def end_batch(self) -> None:
         """Counts a batch, all of whose parts have been taken."""
@@ -112,7 +148,7 @@ class Window:
             ValueError: outputs whose weights change independently of each other without saying so.
         """
         self._taken += 1
-        if self.size == 1:
+        if self._is_whole:
             loss = weighted_sum(parts, self._shares)
             self.holds_something = loss is not None
             return loss, None
@@ -134,12 +170,14 @@ class Window:
             weight = weight.to(sum_dtype(weight.device))
         if self._taken == 1:
             known = not isinstance(weight, Tensor) and weight > 0
-            self._expected.append(self.size * (float(weight) if known else max(most, 1.0)))
+            if index == len(self._expected):
+                self._expected.append(self.size * (float(weight) if known else max(most, 1.0)))
             self._actual.append(weight)
         else:
             self._actual[index] = self._actual[index] + weight
         self.holds_something = self.holds_something or isinstance(weight, Tensor) or weight > 0
-        return 1.0 if self._adds_up[index] else weight / self._expected[index]
+        # What adds up is averaged over processes afterwards, as everything is.
+        return float(self._processes or 1) if self._adds_up[index] else weight / self._expected[index]
 
     def _seed(self, ratio: Weight, loss: Tensor) -> Tensor:
         """The ratio as a tensor to call backward with; those of the usual batches are kept."""
@@ -169,7 +207,7 @@ class Window:
 
     def close(self, parameters: Sequence[nn.Parameter]) -> None:
         """Leaves in the parameters the gradient of the batch that the micro-batches make up."""
-        if self.size == 1:
+        if self._is_whole:
             return
         if self._outputs_differ:
             self._join(parameters)

@@ -16,6 +16,7 @@ from typing import Any, final
 from fitkit.callbacks.callback import Callback
 from fitkit.callbacks.display import print_line
 from fitkit.checkpoints import load_state
+from fitkit.distributed import any_of, is_first, running
 from fitkit.durations import seconds_of
 from fitkit.errors import CheckpointError, check_flag, check_integer, show
 
@@ -101,7 +102,7 @@ class BackupAndRestore(Callback):
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Makes the folder, clears away what a crash left half-written, and listens for SIGTERM."""
         os.makedirs(self.backup_dir, exist_ok=True)
-        for left_over in Path(self.backup_dir).glob(".fitkit-*.tmp"):
+        for left_over in Path(self.backup_dir).glob(".fitkit-*.tmp") if is_first() else ():
             left_over.unlink(missing_ok=True)
         self._batches = 0
         self._latest = time.monotonic()
@@ -129,9 +130,9 @@ class BackupAndRestore(Callback):
     def on_train_end(self, logs: Mapping[str, float] | None = None) -> None:
         """Deletes the backup of the run that is complete."""
         self._is_running = False
-        if self._is_terminated:
+        if any_of(self._is_terminated):
             self._back_up()
-        elif self.delete_checkpoint:
+        elif self.delete_checkpoint and is_first():
             for path in (self.path, self._previous):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
@@ -144,7 +145,8 @@ class BackupAndRestore(Callback):
         if not self._is_running:
             return
         self._is_running = False
-        if self._is_terminated:
+        # Of several processes, not all may be here to save.
+        if self._is_terminated and running() is None:
             with contextlib.suppress(ValueError):  # in the midst of a step only the latest backup is exact
                 self._back_up()
         self._stop_listening()
@@ -163,20 +165,22 @@ class BackupAndRestore(Callback):
 
     def _look_up(self) -> None:
         """What the clock and the system ask for."""
-        if self._is_terminated:
+        is_due = self._every_seconds is not None and time.monotonic() - self._latest >= self._every_seconds
+        if any_of(self._is_terminated or is_due):
             self._back_up()
+        if self._is_terminated:
             self._stop_listening()
             self._listen()  # a handler of the user's let the process live
-        elif self._every_seconds is not None and time.monotonic() - self._latest >= self._every_seconds:
-            self._back_up()
 
     def _back_up(self) -> None:
         self._latest = time.monotonic()
         try:
-            if self.double_checkpoint and os.path.exists(self.path):
+            if self.double_checkpoint and is_first() and os.path.exists(self.path):
                 _keep_as(self.path, self._previous)
             self.model.save(self.path)
         except OSError as error:
+            if not is_first():
+                return
             warnings.warn(
                 f"The backup could not be written to {self.path}: {error}. Training goes on, and it is tried again at "
                 "the next occasion.",

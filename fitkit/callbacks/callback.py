@@ -41,6 +41,9 @@ class Callback:
         counts_itself: the units, "epoch" or "batch", in which `Every` must not call it less often since it counts them
             itself, each with what to do instead.
         calls: the callbacks whose hooks it calls; none of them may be in the list as well.
+        only_on_rank_0: whether, where several processes share a run, its hooks are called in rank 0 alone, as for what
+            writes files or shows something. Its hooks may then neither evaluate, predict or save, which all processes
+            do together, nor stop the run.
         model: the Model that runs; set before the first hook.
         params: facts about the run; set before the first hook, empty until then. In a fit: "epochs" (the index
             before which training ends), "initial_epoch", "steps" and "validation_steps" (batches an epoch, None
@@ -60,6 +63,7 @@ class Callback:
     stops_on_nonfinite: bool = False
     counts_itself: Mapping[str, str] = {}
     calls: Sequence[Callback] = ()
+    only_on_rank_0: bool = False
 
     model: ModelProtocol
     params: dict[str, Any]

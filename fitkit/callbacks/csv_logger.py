@@ -48,6 +48,7 @@ class CSVLogger(Callback):
     """
 
     adds_to_logs = ()
+    only_on_rank_0 = True
 
     def __init__(self, filename: str | os.PathLike[str], separator: str = ",", append: bool = False) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from fitkit.distributed import is_first
 from fitkit.errors import show
 
 
@@ -24,12 +25,14 @@ TextBar.set_lock(_LOCK)
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Prints a line above any bar that is being shown, without tearing it.
+    """Prints a line above any bar that is being shown, without tearing it; of several processes only rank 0 does.
 
     Args:
         text: without a line break at its end.
         stream: where to; None is ``sys.stdout``.
     """
+    if not is_first():
+        return
     TextBar.write(text, file=stream)
     output = sys.stdout if stream is None else stream
     if output is not None:

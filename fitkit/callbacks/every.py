@@ -61,6 +61,7 @@ class Every(Callback):
             )
         self.callback = callback
         self.calls = (callback,)
+        self.only_on_rank_0 = callback.only_on_rank_0
         self.unit = unit
         # Keys that are added in some epochs only are none that a monitor can rely on.
         self.adds_to_logs = None

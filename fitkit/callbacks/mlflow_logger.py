@@ -31,6 +31,7 @@ class MLflowLogger(Callback):
     """
 
     adds_to_logs = ()
+    only_on_rank_0 = True
 
     def __init__(self, run_name: str | None = None, *, hyperparameters: Mapping[str, Any] | None = None) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from typing import Any, final
 
 from fitkit.callbacks.display import print_line
 from fitkit.callbacks.monitor import MonitorCallback
+from fitkit.distributed import is_first, of_first
 from fitkit.errors import check_flag, check_integer, check_number, nearest, show
 
 
@@ -158,8 +159,15 @@ class ModelCheckpoint(MonitorCallback):
     def _save(self, epoch: int, batch: int | None, logs: Mapping[str, Any]) -> None:
         if not self._judges:
             self._write(self._name(epoch, batch, logs), epoch)
-        elif (value := self.measured(logs)) is not None and not math.isnan(value):
+            return self._save_last(epoch)
+        value = self.measured(logs)
+        if batch is not None:  # until an epoch's end each process knows its own samples' numbers: rank 0 decides
+            value = of_first(value)
+        if value is not None and not math.isnan(value):
             self._judge(value, epoch, batch, logs)
+        self._save_last(epoch)
+
+    def _save_last(self, epoch: int) -> None:
         if self.save_last:
             self._write(self._last(), epoch)
 
@@ -185,7 +193,7 @@ class ModelCheckpoint(MonitorCallback):
             return
         if self.save_top_k is not None:
             for kept, _ in before[1]:
-                if kept not in [name for name, _ in self._kept]:
+                if is_first() and kept not in [name for name, _ in self._kept]:
                     _remove(kept)
 
     def _name(self, epoch: int, batch: int | None, logs: Mapping[str, Any]) -> str:
@@ -225,11 +233,12 @@ class ModelCheckpoint(MonitorCallback):
             else:
                 self.model.save(path)
         except OSError as error:
-            warnings.warn(
-                f"ModelCheckpoint could not write {path}: {error}. Training goes on; the files before are intact.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            if is_first():
+                warnings.warn(
+                    f"ModelCheckpoint could not write {path}: {error}. Training goes on; the files before are intact.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return False
         if self.verbose:
             print_line(f"Epoch {epoch + 1} (index {epoch}): saved {path}.")

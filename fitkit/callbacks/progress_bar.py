@@ -42,6 +42,7 @@ class ProgressBar(Callback):
     """
 
     adds_to_logs = ()
+    only_on_rank_0 = True
 
     def __init__(self, refresh_interval: float = 0.1, stream: TextIO | None = None) -> None:
         super().__init__()

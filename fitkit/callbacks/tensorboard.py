@@ -52,6 +52,7 @@ class TensorBoard(Callback):
 
     adds_to_logs = ()
     counts_itself: Mapping[str, str] = {"batch": "It counts batches itself: see its update_freq."}
+    only_on_rank_0 = True
 
     def __init__(
         self,

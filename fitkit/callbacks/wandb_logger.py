@@ -30,6 +30,7 @@ class WandbLogger(Callback):
     """
 
     adds_to_logs = ()
+    only_on_rank_0 = True
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

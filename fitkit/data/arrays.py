@@ -14,9 +14,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from fitkit.batch import Placed
+from fitkit.batch import Placed, Share
 from fitkit.data.batches import Batches
 from fitkit.data.rows import Rows, TensorRows, as_rows, is_array
+from fitkit.distributed import Processes
 from fitkit.errors import show
 
 # One gather serves this many batches, as long as a chunk stays under the bytes below: what is larger leaves the cache,
@@ -137,13 +138,37 @@ class ArrayBatches(Batches):
         for start in range(first * size, self.samples, step):
             stop = min(start + step, self.samples)
             index = None if order is None else order[start:stop]
-            pieces = zip(*(_cut(rows, start, stop, index, size) for rows in sources), strict=True)
-            if self._home is not None:
-                yield from self._placed(pieces, start, stop, index, size)
-            elif self._build is None:
-                yield from pieces
-            else:
-                yield from map(self._build, pieces)
+            yield from self._cut_up(sources, start, stop, index, size)
+
+    def _cut_up(self, sources: Sequence[Rows], start: int, stop: int, index: Tensor | None, size: int) -> Iterable[Any]:
+        """The batches of a chunk."""
+        pieces = zip(*(_cut(rows, start, stop, index, size) for rows in sources), strict=True)
+        if self._home is not None:
+            return self._placed(pieces, start, stop, index, size)
+        return pieces if self._build is None else map(self._build, pieces)
+
+    def shares(self, processes: Processes, done: int) -> Iterator[Share]:
+        return self._shares(processes, done, self._order())
+
+    def _shares(self, processes: Processes, done: int, order: Tensor | None) -> Iterator[Share]:
+        size = min(self._batch_size, self.samples)
+        first, last = processes.part(size)
+        step = size * self._batches_in_chunk(max(1, last - first))
+        sources = self._rows if self._home is None else self._copies(self._home)
+        whole = self.samples - self.samples % size
+        # Chunks of whole batches, and the last batch, which may be smaller, by itself.
+        chunks = [(start, min(start + step, whole), size) for start in range(done * size, whole, step)]
+        if whole < self.samples and done * size <= whole:
+            chunks.append((whole, self.samples, self.samples - whole))
+        for start, stop, size in chunks:
+            first, last = processes.part(size)
+            if first == last:
+                yield from itertools.repeat(Share(None, 0, size), (stop - start) // size)
+                continue
+            index = torch.arange(start, stop, device="cpu").reshape(-1, size)[:, first:last].reshape(-1)
+            index = index if order is None else order[index]
+            for batch in self._cut_up(sources, 0, 0, index, last - first):
+                yield Share(batch, last - first, size)
 
     def _copies(self, device: torch.device) -> list[Rows]:
         return [rows.copied_to(device) if isinstance(rows, TensorRows) else rows for rows in self._rows]

@@ -14,7 +14,9 @@ from typing import Any, final
 
 import torch
 
+from fitkit.batch import Share, part_of, samples_of
 from fitkit.device import random_state, restore_random_state
+from fitkit.distributed import Processes
 
 
 class Batches(abc.ABC):
@@ -45,6 +47,14 @@ class Batches(abc.ABC):
         for _ in range(done):
             next(iterator, None)
         return iterator
+
+    def shares(self, processes: Processes, done: int) -> Iterator[Share]:
+        """One pass, from its batch ``done`` on, of which each process is given its part of every batch.
+
+        Kinds that can load a part alone do; here the whole batch is read, and the part taken from it. What the pass
+        draws before its first batch is drawn at once.
+        """
+        return _parts(self.after(done) if done else iter(self), processes)
 
     def facts(self) -> dict[str, Any]:
         """What the numbers of a run depend on, by the argument that sets it: the number of batches, their size."""
@@ -81,6 +91,13 @@ class Batches(abc.ABC):
     def in_large_batches(self) -> Batches:
         """The same data in larger batches, where nobody chose their size and the numbers do not depend on it."""
         return self
+
+
+def _parts(whole: Iterator[Any], processes: Processes) -> Iterator[Share]:
+    for batch in whole:
+        samples = samples_of(batch)
+        start, stop = processes.part(samples)
+        yield Share(part_of(batch, samples, start, stop) if stop > start else None, stop - start, samples)
 
 
 def known_length(data: Any) -> int | None:

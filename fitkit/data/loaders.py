@@ -19,11 +19,17 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
     default_collate,
 )
+from torch.utils.data.distributed import DistributedSampler
 
+from fitkit.batch import Share
 from fitkit.data.batches import Batches, keeps_its_place, known_length
 from fitkit.data.rows import with_tensors
+from fitkit.data.shares import beside
+from fitkit.distributed import Processes
 from fitkit.errors import show, unknown_name
 
 
@@ -45,6 +51,8 @@ class LoaderBatches(Batches):
         # torch stacks samples into new memory; workers' memory is better given back.
         is_plain = type(loader) is DataLoader and loader.num_workers == 0
         self.owned = is_plain and loader.collate_fn is default_collate and loader.batch_sampler is not None
+        self._parts: _Parts | None = None
+        self._part_loader: LoaderBatches | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return (with_tensors(batch, self._dtype, cast=self._cast) for batch in self._loader)
@@ -60,6 +68,26 @@ class LoaderBatches(Batches):
         iterator = iter(self._with(loader, **options))
         rest.skip(done)
         return iterator
+
+    def shares(self, processes: Processes, done: int) -> Iterator[Share]:
+        loader = self._loader
+        by_index = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
+        if isinstance(getattr(loader.batch_sampler, "sampler", loader.sampler), DistributedSampler):
+            raise ValueError(
+                "Expected a DataLoader of all samples, of which each process takes its part, received one with a "
+                "DistributedSampler. Leave it out, and give the DataLoader the whole batch's size."
+            )
+        if not by_index or loader.batch_sampler is None:
+            return super().shares(processes, done)
+        if self._parts is None:
+            self._parts = _Parts(loader.batch_sampler, processes)
+            # One loader for all passes, so that its workers may stay.
+            self._part_loader = self._with(loader, batch_sampler=self._parts)
+        parts = self._parts
+        parts.skipped = 0 if loader.num_workers else done
+        iterator = iter(self._part_loader)  # type: ignore[arg-type]
+        shares = parts.beside(iterator)
+        return shares if parts.skipped == done else itertools.islice(shares, done, None)
 
     def facts(self) -> dict[str, Any]:
         loader = self._loader
@@ -124,6 +152,61 @@ class LoaderBatches(Batches):
             generator=loader.generator,
         )
         return LoaderBatches(other, self._dtype, cast=self._cast)
+
+
+# Samplers that draw all that they draw when they begin.
+DRAW_AT_START = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+@final
+class _Parts:
+    """A batch sampler that gives of each batch the part of this process, and notes how large the whole is.
+
+    Args:
+        sampler: of lists of indices.
+        processes: that share them.
+    """
+
+    def __init__(self, sampler: Any, processes: Processes) -> None:
+        self._sampler = sampler
+        self._processes = processes
+        self._indices: Iterator[Any] | None = None
+        self._sizes: list[tuple[int, int]] = []
+        self.skipped = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self._indices, self._sizes = None, []
+        return self._given()
+
+    def _begin(self) -> None:
+        """Takes from the sampler what it draws before the processes draw numbers of their own: all, if in doubt."""
+        if self._indices is not None:
+            return
+        indices = iter(self._sampler)
+        for _ in range(self.skipped):
+            next(indices, None)
+        length = known_length(self._sampler)
+        draws_once = type(self._sampler) is BatchSampler and type(self._sampler.sampler) in DRAW_AT_START
+        ahead = 1 if draws_once or length is None else max(0, length - self.skipped)
+        self._indices = itertools.chain(list(itertools.islice(indices, ahead)), indices)
+
+    def _given(self) -> Iterator[list[int]]:
+        self._begin()
+        assert self._indices is not None  # it has begun
+        sizes = self._sizes
+        for whole in self._indices:
+            first, last = self._processes.part(len(whole))
+            sizes.append((last - first, len(whole)))
+            if last > first:
+                yield whole[first:last]
+
+    def beside(self, loaded: Iterator[Any]) -> Iterator[Share]:
+        """The shares of the parts that are loaded; the loader has begun."""
+        self._begin()
+        return beside(loaded, self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
 
 
 @final

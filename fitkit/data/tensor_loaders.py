@@ -22,9 +22,12 @@ from torch.utils.data import (
     default_collate,
 )
 
+from fitkit.batch import Share
 from fitkit.data.arrays import BATCHES_PER_CHUNK, BYTES_PER_CHUNK
 from fitkit.data.batches import Batches
 from fitkit.data.loaders import LoaderBatches, own_generators
+from fitkit.data.shares import counted
+from fitkit.distributed import Processes
 
 
 def is_tensor_loader(loader: DataLoader[Any]) -> bool:
@@ -77,6 +80,14 @@ class TensorLoaderBatches(Batches):
             next(indices, None)
         return self._from(indices)
 
+    def shares(self, processes: Processes, done: int) -> Iterator[Share]:
+        indices = self._indices()
+        for _ in range(done):
+            next(indices, None)
+        # The sampler draws when its first batch is taken: before the processes draw numbers of their own.
+        begun = itertools.chain(list(itertools.islice(indices, 1)), indices)
+        return counted(begun, processes, self._from)
+
     def facts(self) -> dict[str, Any]:
         return LoaderBatches(self._loader, self._dtype).facts()
 
@@ -105,7 +116,7 @@ class TensorLoaderBatches(Batches):
         row_bytes = sum(tensor[:1].numel() * tensor.element_size() for tensor in tensors)
         at_once = max(1, min(BATCHES_PER_CHUNK, BYTES_PER_CHUNK // max(1, row_bytes * sampler.batch_size)))
         while chunk := list(itertools.islice(indices, at_once)):
-            rows = torch.tensor(list(itertools.chain.from_iterable(chunk)), device="cpu")
+            rows = torch.tensor(list(itertools.chain.from_iterable(chunk)), dtype=torch.int64, device="cpu")
             # index_select takes no rows counted from the end, as a sampler may give them.
             rows = torch.where(rows < 0, rows + len(tensors[0]), rows)
             sizes = [len(batch) for batch in chunk]

@@ -1,0 +1,94 @@
+"""Each process's share of every batch: data that several processes read together.
+
+A batch is the batch that the optimizer sees, on any number of processes. How a kind of data loads only its part is said
+in its own file, by `Batches.shares`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+import torch
+
+from fitkit.batch import Share
+from fitkit.data.batches import Batches
+from fitkit.distributed import Processes, part_ways, share_random_state
+
+
+@final
+class SharedBatches(Batches):
+    """The batches of any kind of data, of which each process is given its `Share`.
+
+    Every pass begins with the random state of rank 0, so that all see the same batches; what is drawn afterwards in a
+    training differs, as each process draws for samples of its own.
+
+    Args:
+        whole: the data.
+        processes: that share it.
+        device: whose random state a pass may draw from.
+        training: whether the processes draw numbers of their own after the order.
+    """
+
+    def __init__(self, whole: Batches, processes: Processes, device: torch.device, *, training: bool) -> None:
+        self._whole = whole
+        self._processes = processes
+        self._device = device
+        self._training = training
+        self.length, self.again = whole.length, whole.again
+        self.owned, self.parts = whole.owned, whole.parts
+
+    def __iter__(self) -> Iterator[Any]:
+        share_random_state(self._device)
+        shares = self._whole.shares(self._processes, 0)
+        if self._training:
+            part_ways()
+        return shares
+
+    def after(self, done: int) -> Iterator[Any]:
+        return self._whole.shares(self._processes, done)
+
+    def facts(self) -> dict[str, Any]:
+        return self._whole.facts()
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        return self._whole.generators
+
+    @property
+    def source(self) -> Any:
+        return self._whole.source
+
+
+def counted(
+    indices: Iterator[list[int]], processes: Processes, read: Callable[[Iterator[list[int]]], Iterator[Any]]
+) -> Iterator[Share]:
+    """Shares of batches that are given by their indices.
+
+    Args:
+        indices: of the samples of each whole batch.
+        processes: that share them.
+        read: gives the batches of parts that are not empty.
+    """
+    sizes: list[tuple[int, int]] = []
+
+    def parts() -> Iterator[list[int]]:
+        for whole in indices:
+            first, last = processes.part(len(whole))
+            sizes.append((last - first, len(whole)))
+            if last > first:
+                yield whole[first:last]
+
+    return beside(read(parts()), sizes)
+
+
+def beside(loaded: Iterator[Any], sizes: list[tuple[int, int]]) -> Iterator[Share]:
+    """Each part beside its sizes, those that are empty included."""
+    for part in loaded:
+        while True:
+            samples, of = sizes.pop(0)
+            yield Share(part if samples else None, samples, of)
+            if samples:
+                break
+    for samples, of in sizes:  # those after the last part that is not empty
+        yield Share(None, samples, of)
