@@ -211,6 +211,42 @@ def test_a_file_saved_before_or_after_all_epochs_is_complete(hook: str) -> None:
     assert KILLED.result(model, fit(resume_from="saved")) == KILLED.undisturbed("arrays")
 
 
+def shuffled(workers: int) -> DataLoader[Any]:
+    data = torch.utils.data.TensorDataset(X[:24], Y[:24])
+    return DataLoader(data, batch_size=8, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments"),
+    [
+        (lambda: shuffled(1), {}),
+        (lambda: shuffled(1).dataset, {"batch_size": 8, "dataloader_options": {"num_workers": 1}}),
+    ],
+    ids=["of the user's loader", "of a Dataset"],
+)
+@pytest.mark.parametrize("count", [4, 5])
+def test_a_run_with_workers_that_stay_goes_on_with_new_ones(data: Any, arguments: dict[str, Any], count: int) -> None:
+    run = KILLED.Run(data, {"epochs": 3, **arguments})
+    model, fit = KILLED.build(run)
+    expected = KILLED.result(model, fit(Saving("on_train_batch_end", count)))
+    model, fit = KILLED.build(run)
+    torch.rand(5)
+    assert KILLED.result(model, fit(resume_from="saved")) == expected
+
+
+def test_samples_that_a_sampler_chose_once_are_those_of_the_run_that_goes_on() -> None:
+    def run() -> tuple[fitkit.Model, Any]:
+        data = torch.utils.data.TensorDataset(X, Y)
+        sampler = torch.utils.data.RandomSampler(data, num_samples=30)
+        return KILLED.build(KILLED.Run(lambda: DataLoader(data, batch_size=5, sampler=sampler), {"overfit_pct": 0.5}))
+
+    model, fit = run()
+    expected = KILLED.result(model, fit(Saving("on_train_batch_end", 4)))
+    model, fit = run()
+    torch.rand(5)
+    assert KILLED.result(model, fit(resume_from="saved")) == expected
+
+
 def test_a_save_before_a_batchs_step_is_refused() -> None:
     _, fit = KILLED.build(KILLED.RUNS["arrays"])
     with pytest.raises(ValueError, match="Call it in on_train_batch_end, which is after the step"):
