@@ -97,7 +97,7 @@ def test_weights_are_those_of_a_loader_made_with_the_same_options(workers: int) 
         model.fit(data, epochs=2, verbose=0, **arguments)
         return module.weight.detach()
 
-    options = {"num_workers": workers, "drop_last": True}
+    options = {"num_workers": workers, "drop_last": True, "persistent_workers": False}
     loader = DataLoader(Numbers(), batch_size=4, shuffle=True, **options)
     assert torch.equal(trained(loader), trained(Numbers(), batch_size=4, dataloader_options=options))
 
