@@ -38,6 +38,8 @@ class Callback:
             them. None, the default: whatever it likes, so that a monitor is judged only when it is missing.
         stops_on_nonfinite: whether a run with this callback is stopped when the training loss of an epoch is not
             finite, whatever ``on_nonfinite`` says.
+        is_last_after_batches: whether ``on_train_batch_end`` and ``on_test_batch_end`` are called after those of all
+            other callbacks, wherever it stands among them: for one that saves the run there.
         model: the Model that runs; set before the first hook.
         params: facts about the run; set before the first hook, empty until then. In a fit: "epochs" (the index
             before which training ends), "initial_epoch", "steps" and "validation_steps" (batches an epoch, None
@@ -55,6 +57,7 @@ class Callback:
 
     adds_to_logs: Sequence[str] | None = None
     stops_on_nonfinite: bool = False
+    is_last_after_batches: bool = False
 
     model: ModelProtocol
     params: dict[str, Any]

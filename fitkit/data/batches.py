@@ -62,10 +62,10 @@ class Batches(abc.ABC):
 
     @property
     def keeps_workers(self) -> bool:
-        """Whether worker processes of an earlier pass are there, so that the next one begins without a draw for them."""
+        """Whether workers of an earlier pass are there, so that the next one begins without a draw for them."""
         return False
 
-    def start_workers(self) -> None:
+    def start_workers(self) -> None:  # noqa: B027 (most kinds have none)
         """Makes `keeps_workers` true where it can be. The caller puts back what this draws."""
 
     @property
@@ -73,7 +73,7 @@ class Batches(abc.ABC):
         """The indices that `in_order` has drawn, once and for all; None where it drew none."""
         return None
 
-    def choose(self, chosen: list[Any]) -> None:
+    def choose(self, chosen: list[Any]) -> None:  # noqa: B027 (most kinds draw none)
         """Takes the indices that `in_order` drew in the run that is resumed."""
 
     def in_order(self) -> Batches:

@@ -213,7 +213,7 @@ def test_a_file_can_have_no_other_files_removed() -> None:
     Path("precious").touch()
     fit(marks(2.0), ModelCheckpoint("{epoch}.pt", "mark", save_top_k=1), epochs=1)
     state = load_state("1.pt")
-    state["run"]["callbacks"]["ModelCheckpoint(mark)"]["kept"] = [["precious", 3.0], ["../x.pt", 3.0]]
+    state["run"]["callbacks"]["ModelCheckpoint(mark, {epoch}.pt)"]["kept"] = [["precious", 3.0], ["../x.pt", 3.0]]
     save_state("1.pt", state)
     fit(marks(2.0, 1.0), ModelCheckpoint("{epoch}.pt", "mark", save_top_k=1), epochs=2, resume_from="1.pt")
     assert "precious" in files()

@@ -290,8 +290,14 @@ def _without_sharing(value: Any) -> Any:
 
 
 def undisturbed(name: str) -> bytes:
-    model, fit = build(RUNS[name])
-    return result(model, fit())
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # callbacks may write files
+        try:
+            model, fit = build(RUNS[name])
+            return result(model, fit())
+        finally:
+            os.chdir(before)
 
 
 def _start(name: str, folder: Path) -> int:

@@ -47,7 +47,9 @@ class Crash(Exception):
 
 
 class Crashing(Callback):
-    """Raises at the so-manieth call of a hook."""
+    """Raises at the so-manieth call of a hook, after a backup that is made there."""
+
+    is_last_after_batches = True
 
     def __init__(self, hook: str, count: int) -> None:
         super().__init__()
