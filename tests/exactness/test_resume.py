@@ -457,12 +457,35 @@ def saved() -> str:
         ({"train_percent_check": 0.5}, r"steps_per_epoch=6 now and None in the file"),
         ({"shuffle": False}, "shuffle=False now and True in the file"),
         ({"validation_split": 0.5}, "the number of samples=45 now and 90 in the file"),
+        ({"validation_data": (X, Y)}, "validation_freq=1 now and None in the file"),
         ({"track_grad_norm": 2}, r"track_grad_norm=2\.0 now and -1\.0"),
     ],
 )
 def test_arguments_that_change_the_numbers_are_refused(saved: str, arguments: dict[str, Any], message: str) -> None:
     _, fit = KILLED.build(KILLED.Run(arguments={"batch_size": 8, "accumulate_grad_batches": 2, **arguments}))
     with pytest.raises(CheckpointError, match=message):
+        fit(resume_from=saved)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "message"),
+    [
+        ({"loss": "l1_loss"}, "loss=.*L1Loss.* now and .*MSELoss"),
+        ({"loss": nn.MSELoss(reduction="sum")}, "reduction='sum'.* now and .*reduction='mean'"),
+        ({"metrics": {"m": "mae"}}, "metrics="),
+    ],
+)
+def test_what_changes_the_numbers_in_compile_is_refused(saved: str, compiled: dict[str, Any], message: str) -> None:
+    run = KILLED.Run(arguments={"batch_size": 8, "accumulate_grad_batches": 2}, compiled=compiled)
+    _, fit = KILLED.build(run)
+    with pytest.raises(CheckpointError, match=message):
+        fit(resume_from=saved)
+
+
+def test_sample_weights_that_were_not_there_are_refused(saved: str) -> None:
+    run = KILLED.Run(lambda: (X, Y, torch.ones(90)), {"batch_size": 8, "accumulate_grad_batches": 2})
+    _, fit = KILLED.build(run)
+    with pytest.raises(CheckpointError, match="sample_weight=True now and False in the file"):
         fit(resume_from=saved)
 
 
