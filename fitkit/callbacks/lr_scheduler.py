@@ -143,8 +143,9 @@ class LRScheduler(MonitorCallback):
             self._listener.remove()
             self._listener = None
         # The scheduler of a later fit would take the entry that this one has made for the rate to start from.
-        for index in self._fresh if self._running is not None else ():
-            self._running.optimizer.param_groups[index].pop("initial_lr", None)
+        if self._running is not None:
+            for index in self._fresh:
+                self._running.optimizer.param_groups[index].pop("initial_lr", None)
         self._fresh = []
 
     def state_dict(self) -> dict[str, Any]:

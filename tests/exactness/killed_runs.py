@@ -336,7 +336,7 @@ def killed(name: str, kills: int, dice: random.Random) -> tuple[int, int, bytes]
             resumes += (folder / "backup" / "training_state.fitkit").exists()
             process = _start(name, folder, dice.random() < 0.5)
             if done < kills:
-                time.sleep(dice.uniform(0.0, 0.1))
+                time.sleep(dice.uniform(0.0, 0.2))
                 os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, 0)
             if os.WIFSIGNALED(status):
