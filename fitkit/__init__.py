@@ -2,8 +2,8 @@
 
 from fitkit import callbacks
 from fitkit._version import __version__
-from fitkit.errors import NonFiniteLossError
+from fitkit.errors import CheckpointError, NonFiniteLossError
 from fitkit.history import History
 from fitkit.model import Model
 
-__all__ = ["History", "Model", "NonFiniteLossError", "__version__", "callbacks"]
+__all__ = ["CheckpointError", "History", "Model", "NonFiniteLossError", "__version__", "callbacks"]

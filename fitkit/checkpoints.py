@@ -13,13 +13,16 @@ import contextlib
 import copy
 import hashlib
 import os
+import pathlib
 import re
 import secrets
 import stat
 import struct
+import sys
+import time
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Literal, cast
 
 import torch
@@ -67,10 +70,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".fitkit-{secrets.token_hex(8)}.tmp")
-    # 0o666 less the umask, as open() has it; tempfile's 0o600 would hide the file from the group.
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        with os.fdopen(descriptor, "w+b") as file:
+        # open() has the permissions; tempfile's 0o600 would hide the file from the group.
+        with open(temporary, "x+b") as file:
             if mode is not None:
                 os.chmod(temporary, mode)
             write(cast(BinaryIO, file))
@@ -85,19 +87,32 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     _sync_folder(folder)
 
 
+def clear_left_overs(folder: Path, older_than: float = 0.0) -> None:
+    """Removes what a crash in the midst of :func:`write_atomically` has left.
+
+    Args:
+        folder: where to look; it need not be there.
+        older_than: seconds since it was written last.
+    """
+    for left_over in pathlib.Path(folder).glob(".fitkit-*.tmp"):
+        with contextlib.suppress(OSError):  # another process was faster, or it is another's
+            if time.time() - left_over.stat().st_mtime >= older_than:
+                left_over.unlink()
+
+
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Keeps a nested structure of tensors and plain Python values in one file.
 
     Args:
         path: where the file goes; see :func:`write_atomically`.
         state: dicts, lists, tuples and sets of tensors, numbers, strings, bytes, None, and torch's dtypes, devices and
-            sizes. Objects of any other class, NumPy's included, could not be loaded safely.
+            sizes. NumPy's numbers become Python's; objects of any other class could not be loaded safely.
 
     Raises:
         TypeError: something in the state is of another class; the message says where.
     """
-    _check_loads_again(state, "state")
-    write_atomically(path, lambda file: _write_archive(file, dict(state), "state"))
+    loadable = _loadable(state, "state")
+    write_atomically(path, lambda file: _write_archive(file, dict(loadable), "state"))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -131,8 +146,8 @@ def save_weights(module: nn.Module, path: Path) -> None:
             f"Expected a module with values, received lazy parameters before their first batch: {_some(lazy)}."
         )
     if _is_safetensors(path):
-        content = _to_safetensors(state)
-        write_atomically(path, lambda file: file.write(content))
+        save = _safetensors_saver(state)
+        write_atomically(path, lambda file: save(file.name))
     else:
         write_atomically(path, lambda file: _write_archive(file, module.state_dict(), "weights"))
 
@@ -205,21 +220,34 @@ def _digest(file: BinaryIO, length: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _check_loads_again(value: object, where: str) -> None:
-    """Refuses what torch.load(weights_only=True) would refuse: found out now, and not when the state is needed."""
+def _loadable(value: Any, where: str) -> Any:
+    """The value with Python's numbers in place of NumPy's; itself where it has none.
+
+    What torch.load(weights_only=True) would refuse is refused: found out now, and not when the state is needed.
+    """
     kind = type(value)
     if kind in MAPPINGS:
-        for key, item in cast(dict[object, object], value).items():
-            _check_loads_again(key, f"a key of {where}")
-            _check_loads_again(item, f"{where}[{key!r}]")
-    elif kind in CONTAINERS:
-        for index, item in enumerate(cast(Iterable[object], value)):
-            _check_loads_again(item, f"{where}[{index}]")
-    elif kind not in LEAVES:
+        items = {
+            _loadable(key, f"a key of {where}"): _loadable(item, f"{where}[{key!r}]") for key, item in value.items()
+        }
+        if all(key is other and value[key] is items[key] for key, other in zip(value, items, strict=True)):
+            return value
+        changed = copy.copy(value)  # with what an OrderedDict of a module has beside its items
+        changed.clear()
+        changed.update(items)
+        return changed
+    if kind in CONTAINERS:
+        parts = [_loadable(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return value if all(part is item for part, item in zip(parts, value, strict=True)) else kind(parts)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic):
+        value = value.item()
+    if type(value) not in LEAVES:
         raise TypeError(
             f"Expected tensors and plain Python values only, received {where}={show(value)} of class "
             f"{kind.__module__}.{kind.__qualname__}, which cannot be loaded safely. Make it a tensor, number or list."
         )
+    return value
 
 
 # Reading
@@ -371,9 +399,10 @@ def _is_safetensors(path: Path) -> bool:
     return os.fspath(path).lower().endswith(".safetensors")
 
 
-def _to_safetensors(state: Mapping[str, Any]) -> bytes:
+def _safetensors_saver(state: Mapping[str, Any]) -> Callable[[str], object]:
+    """What writes the state to a file that is there, tensor by tensor."""
     try:
-        from safetensors.torch import save
+        from safetensors.torch import save_file
     except ImportError as error:
         raise _needs_safetensors() from error
     tensors: dict[str, Tensor] = {}
@@ -392,7 +421,8 @@ def _to_safetensors(state: Mapping[str, Any]) -> bytes:
         own = value.detach().clone() if pointer in storages else value.detach()
         tensors[name] = own.contiguous()
         storages.add(pointer)
-    return save(tensors, metadata={"format": "pt", SAFETENSORS_DIGEST: _digest_of_tensors(tensors)})
+    metadata = {"format": "pt", SAFETENSORS_DIGEST: _digest_of_tensors(tensors)}
+    return lambda temporary: save_file(tensors, temporary, metadata=metadata)
 
 
 def _from_safetensors(path: Path) -> dict[str, Tensor]:

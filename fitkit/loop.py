@@ -238,6 +238,8 @@ def _located_errors(run: FitRun) -> Iterator[None]:
     except NonFiniteLossError:
         raise  # it says so by itself
     except Exception as error:
+        if run.progress.saved is not None:
+            raise  # the run has not come to the place that it goes on from
         epoch, plan = run.progress.epoch, run.batches
         place = f"epoch {epoch + 1} (index {epoch})"
         if run.progress.stage == "validate" and run.validation is not None:

@@ -137,6 +137,16 @@ class Loss:
             self._items = _item_losses(self.call if self.module is None else self.module)
 
     @property
+    def kind(self) -> str:
+        """The class or function by name; of torch's own also the settings that are numbers or words."""
+        if self.built_in is None:
+            named = self.call if self.module is None else type(self.module)
+            return str(getattr(named, "__name__", type(named).__name__))
+        settings = {name: value for name, value in vars(self.module).items() if isinstance(value, (int, float, str))}
+        shown = [f"{name}={value!r}" for name, value in settings.items() if name[0] != "_" and name != "training"]
+        return f"{type(self.module).__name__}({', '.join(shown)})"
+
+    @property
     def weight_depends_on_targets(self) -> bool:
         """Whether two batches of equal shape may have different weights."""
         return self.built_in is None or self.built_in.averages == "targets"

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from fitkit import loop
 from fitkit.batch import join, unpack
-from fitkit.callbacks import BackupAndRestore, Callback, EarlyStopping, ProgressBar, SwapEMAWeights
+from fitkit.callbacks import (
+    BackupAndRestore,
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    ProgressBar,
+    SwapEMAWeights,
+)
 from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
 from fitkit.callbacks.monitor import MonitorCallback
@@ -51,7 +58,7 @@ from fitkit.script import write_script
 from fitkit.shared_steps import Agreement, SharedStep, joined_outputs, taking_shares
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
-from fitkit.training_state import Progress, check_model, model_state, read_training_state, restore_model
+from fitkit.training_state import Progress, load_model, model_state, read_training_state
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -327,8 +334,8 @@ class Model:
                 dataloader_options=dataloader_options,
             )
         )
-        self.history = run.history
-        with self._together(processes_of(self._strategy)), self._fitting(run.progress, run.take_batch):
+        processes = processes_of(self._strategy)
+        with self._together(processes), self._fitting(run.progress, run.take_batch, run.history):
             loop.fit(run)
         return self.history
 
@@ -358,6 +365,7 @@ class Model:
         validation_plan = _validation_plan(held_out, flags, given.validation_batch_size, self.device, processes)
         measured = held_out is not None and any(map(flags.validates, range(flags.initial_epoch, flags.last_epoch)))
         chosen = self._callbacks(given.callbacks, given.early_stop_callback, flags, validates=measured)
+        _check_last_files(chosen)
         self._check_monitors(chosen, flags, validates=measured)
         self._check_steps(validates=held_out is not None)
         self._check_parts(training, "data", given.class_weight)
@@ -368,6 +376,7 @@ class Model:
         hooks = self._hooks(chosen, history.params, history, introduces=introduces)
         parts = split_by(flags, step)
         facts = _facts(flags, batches, validation_plan, given.class_weight, compiled)
+        facts["sample_weight"] = None if training.parts is None else training.parts == 3
         sizes = parts if isinstance(parts, FittingParts) else None
         noted = type(self) is not Model or not all(isinstance(each, EarlyStopping) for each in chosen)
         progress = Progress(self, compiled, flags, facts, step, sizes, batches, validation_plan, chosen, hooks, noted)
@@ -759,9 +768,10 @@ class Model:
         """Writes the whole training state, as a whole or not at all.
 
         That is the module's state, the optimizer's, the history and the random state; in a callback of a fit also
-        where the run is. `load` reads it, and ``fit(resume_from=path)`` goes on from it. Optimizers, schedulers and
-        modules that a subclass keeps as attributes are part of it; what a module keeps outside of its state_dict is
-        not.
+        where the run is. `load` reads it, and ``fit(resume_from=path)`` goes on from it. Optimizers, schedulers,
+        generators and modules that a subclass keeps as attributes, or in lists and dicts, are part of it; what a module
+        keeps outside of its state_dict is not. After a batch a callback that saves keeps what those in front of it have
+        done, not what those behind it do then.
 
         Args:
             path: where to.
@@ -793,8 +803,7 @@ class Model:
         if self._progress is not None:
             raise ValueError("load(...) was called from within a fit of the same Model. Use fit(resume_from=...).")
         state = read_training_state(path)
-        check_model(self, compiled, state, path)
-        restore_model(self, compiled, state, path)
+        load_model(self, compiled, state, path)
         run = state["run"]
         self._ended = lambda: run
 
@@ -1019,8 +1028,9 @@ class Model:
         return state, path
 
     @contextmanager
-    def _fitting(self, progress: Progress, parts: object) -> Iterator[None]:
+    def _fitting(self, progress: Progress, parts: object, history: History) -> Iterator[None]:
         """While the fit runs, a save is one of its state; afterwards of how it ended. Says what the run has found."""
+        before, self.history = self.history, history
         self.stop_training = False
         self._progress = progress
         error: BaseException | None = None
@@ -1031,7 +1041,10 @@ class Model:
             raise
         finally:
             self._progress = None
-            self._ended = progress.ended(error)
+            if progress.undo():
+                self.history = before
+            else:
+                self._ended = progress.ended(error)
             self._latest_input = progress.step.latest_input
             report_size(parts, self.history.params)
 
@@ -1073,6 +1086,8 @@ class Model:
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         """Inside a fit, what a callback evaluates or predicts changes nothing that the fit draws."""
+        if self._progress is not None:
+            return self._progress.beside()
         return kept_random_state(self.device) if loop.is_fitting() else nullcontext()
 
     def _one_batch(self, x: Any, y: Any, sample_weight: Any) -> Any:
@@ -1160,8 +1175,28 @@ def _facts(
         "overfit_pct": float(flags.overfit_pct),
         "class_weight": class_weight and {int(key): float(value) for key, value in class_weight.items()},
         "precision": compiled.precision,
-        "metrics": list(compiled.metrics.names),
+        "metrics": compiled.metrics.kinds,
+        "loss": None if compiled.losses is None else compiled.losses.kinds,
+        "loss_weights": None if compiled.losses is None else [float(weight) for weight in compiled.losses.weights],
+        "validation_freq": None if validation is None else _plain_frequency(flags.validation_freq),
     }
+
+
+def _plain_frequency(frequency: int | tuple[int, ...]) -> int | list[int]:
+    return frequency if isinstance(frequency, int) else sorted(frequency)
+
+
+def _check_last_files(callbacks: Sequence[Callback]) -> None:
+    """Refuses two callbacks that write the same file after every epoch, each over the other's."""
+    paths = [
+        os.path.abspath(each.last_path) for each in callbacks if isinstance(each, ModelCheckpoint) and each.last_path
+    ]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(
+                f"Two ModelCheckpoint(save_last=True) would write the same file {path!r}. Give one of them a folder of "
+                "its own, or leave out its save_last."
+            )
 
 
 def _validation_batches(

@@ -46,7 +46,7 @@ def make_optimizer(
         TypeError: what came is none of the three.
     """
     if learning_rate is not None:
-        check_number("learning_rate", learning_rate, least=0.0)
+        learning_rate = check_number("learning_rate", learning_rate, least=0.0)
     if isinstance(optimizer, str):
         return _by_name(optimizer, module, learning_rate)
     if learning_rate is not None:

@@ -53,6 +53,11 @@ class OutputLosses:
         return all(loss is None or loss.built_in is not None for loss in self.losses)
 
     @property
+    def kinds(self) -> list[str | None]:
+        """What each loss is, in words that tell losses of different numbers apart; None where an output has none."""
+        return [None if loss is None else loss.kind for loss in self.losses]
+
+    @property
     def meanings(self) -> list[OutputMeaning]:
         """What each loss says of its output, in the order of the outputs."""
         return [OutputMeaning() if loss is None else loss.meaning for loss in self.losses]

@@ -7,7 +7,9 @@ class that holds a part of the state gives it by itself; the form of the file is
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -38,7 +40,13 @@ from fitkit.steps import TrainStep
 # Where in an epoch a run is: before its first batch, among its batches, before or in its validation, at its end.
 Stage = Literal["begin", "train", "validate", "end"]
 # Objects beside the compiled ones that a Model of the user's may train with.
-OWN = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler, nn.Module)
+OWN = (
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.amp.GradScaler,
+    torch.Generator,
+    nn.Module,
+)
 WHOLE = {
     *("outcome", "arguments", "epoch", "stage", "logs", "stop", "called", "step", "part_size"),
     *("data", "validation_data", "callbacks"),
@@ -58,9 +66,51 @@ def read_training_state(path: Path) -> dict[str, Any]:
     if not set(state) >= PARTS:
         raise CheckpointError(f"{path!s} is no file of Model.save: it holds {sorted(map(str, state))}.")
     run = state["run"]
-    if run is not None and not (isinstance(run, dict) and set(run) >= RUN_PARTS[run.get("outcome")]):
-        raise CheckpointError(f"{path!s} is no file of Model.save: what it says of a run is incomplete.")
+    with _named_errors(path):
+        if run is not None and not (isinstance(run, dict) and set(run) >= RUN_PARTS[run.get("outcome")]):
+            raise CheckpointError(f"{path!s} is no file of Model.save: what it says of a run is incomplete.")
     return state
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Around the use of what a file holds: says for whatever is raised there which file it is about."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"{path!s} cannot be used: {kind}{error}") from error
+
+
+def load_model(model: ModelProtocol, compiled: Compiled, state: Mapping[str, Any], path: Path) -> None:
+    """Gives the model what `model_state` took from one, without random state and modes, or leaves it as it was.
+
+    Raises:
+        CheckpointError: the state does not fit.
+    """
+    with _named_errors(path):
+        check_model(model, compiled, state, path)
+        before = _copied(model_state(model, compiled))
+        try:
+            restore_model(model, compiled, state, path)
+        except BaseException:
+            restore_model(model, compiled, before, path)
+            raise
+
+
+def _copied(value: Any) -> Any:
+    """A copy that shares no tensor with the value, its tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        same = copy.copy(value)  # with what a module's state has beside its items
+        same.update({key: _copied(item) for key, item in value.items()})
+        return same
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return copy.deepcopy(value)
 
 
 def model_state(model: ModelProtocol, compiled: Compiled) -> dict[str, Any]:
@@ -117,21 +167,48 @@ def restore_model(model: ModelProtocol, compiled: Compiled, state: Mapping[str, 
             with torch.no_grad():
                 buffer.copy_(state["buffers"][name])
     if compiled.optimizer is not None:
-        compiled.optimizer.load_state_dict(state["optimizer"]["state"])
+        _put(compiled.optimizer, state["optimizer"]["state"])
     if compiled.scaler is not None:
         compiled.scaler.load_state_dict(state["scaler"])
     for name, value in _own(model).items():
-        value.load_state_dict(state["own"][name]["state"])
+        _put(value, state["own"][name]["state"])
     model.history.load_state_dict(state["history"])
 
 
 def _named(value: Any) -> dict[str, Any]:
-    return {"class": type(value).__name__, "state": value.state_dict()}
+    state = value.get_state() if isinstance(value, torch.Generator) else value.state_dict()
+    return {"class": type(value).__name__, "state": state}
+
+
+def _put(value: Any, state: Any) -> None:
+    """Gives an object the state that `_named` took from it."""
+    if isinstance(value, torch.Generator):
+        value.set_state(state)
+    elif isinstance(value, torch.optim.Optimizer):
+        # The rate that a scheduler started from is there as long as the scheduler is: a run's own one has gone.
+        groups = [
+            {key: item for key, item in saved.items() if key != "initial_lr" or key in group}
+            for group, saved in zip(value.param_groups, state["param_groups"], strict=True)
+        ]
+        value.load_state_dict({**state, "param_groups": groups})
+    else:
+        value.load_state_dict(state)
 
 
 def _own(model: ModelProtocol) -> dict[str, Any]:
-    """Optimizers, schedulers and modules that a subclass of Model keeps as attributes, as for a step of its own."""
-    return {name: value for name, value in vars(model).items() if isinstance(value, OWN) and value is not model.module}
+    """What a subclass of Model keeps as attributes for a step of its own, in lists and dicts too, by where it is."""
+    found: dict[str, Any] = {}
+    for name, value in vars(model).items():
+        found.update(_own_in(value, name, ()))
+    return {name: value for name, value in found.items() if value is not model.module}
+
+
+def _own_in(value: Any, name: str, around: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, OWN):
+        yield name, value
+    elif isinstance(value, (list, tuple, dict)) and id(value) not in around:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _own_in(item, f"{name}[{key!r}]", (*around, id(value)))
 
 
 def _sizes(state: Mapping[str, Any]) -> list[int]:
@@ -180,6 +257,10 @@ class Progress:
     _called: list[object] = field(default_factory=list)
     # Before the validation: the random state, the modes, and where the validation data was.
     _before: tuple[Any, Any, Any] | None = None
+    # Before an evaluation or prediction that a callback makes: the random state and the modes.
+    _beside: tuple[Any, Any] | None = None
+    # The model before a restore, until that has come to its end.
+    _undo: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.epoch = self.flags.initial_epoch
@@ -217,6 +298,20 @@ class Progress:
         data = None if self.validation is None else self.validation.state_dict(in_epoch=False)
         self._before = (random_state(self.compiled.device), get_modes(self.compiled.module), data)
 
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Around an evaluation or prediction that a callback makes: it changes nothing that the fit draws.
+
+        A save in its midst is one of the fit around it.
+        """
+        before, state = self._beside, random_state(self.compiled.device)
+        self._beside = before or (state, get_modes(self.compiled.module))
+        try:
+            yield
+        finally:
+            self._beside = before
+            restore_random_state(state, self.compiled.device)
+
     def move_on(self, stage: Stage, logs: dict[str, float] | None = None) -> None:
         """Enters the next stage, or with "begin" the next epoch."""
         self.stage, self._before = stage, None
@@ -237,6 +332,8 @@ class Progress:
             raise ValueError(
                 "Expected save(...) in a hook of a callback of this fit, received it from elsewhere in it."
             )
+        if self.saved is not None:
+            return self.saved[0]  # the run has not gone on from there yet
         given, trained = self.batches.given, self.step.index + 1
         if self.stage == "train" and (given != trained or not given):
             raise ValueError(
@@ -244,8 +341,9 @@ class Progress:
                 "Call it in on_train_batch_end, which is after the step."
             )
         state = model_state(self.model, self.compiled)
-        if self._before is not None:
-            state |= {"random": plain_random_state(self._before[0]), "modes": self._before[1]}
+        before = self._before or self._beside
+        if before is not None:
+            state |= {"random": plain_random_state(before[0]), "modes": before[1]}
         if self.stage == "end":
             state["history"] = self._history()
         return {**state, "run": self._run()}
@@ -312,6 +410,10 @@ class Progress:
         Raises:
             CheckpointError: it is of another module or optimizer, of other arguments, or of a run that an error ended.
         """
+        with _named_errors(path):
+            self._check(state, path)
+
+    def _check(self, state: Mapping[str, Any], path: Path) -> None:
         check_model(self.model, self.compiled, state, path)
         run = state["run"]
         if run is None:
@@ -347,7 +449,8 @@ class Progress:
         """Puts back the state that the run goes on from, over what the hooks before have done.
 
         Raises:
-            CheckpointError: not all processes of the run have found the same one.
+            CheckpointError: the state does not fit, `undo` is then to be called at the end of the run; or not all
+                processes of the run have found the same one.
         """
         if self.processes is not None:
             places = gather(None if self.saved is None else self.saved[0]["run"]["data"]["taken"])
@@ -359,7 +462,23 @@ class Progress:
                 )
         if self.saved is None:
             return
-        (state, path), self.saved = self.saved, None
+        state, path = self.saved
+        self._undo = _copied(model_state(self.model, self.compiled))
+        with _named_errors(path):
+            self._restore(state, path)
+        self.saved = self._undo = None
+
+    def undo(self) -> bool:
+        """Puts the model back to what it was before a restore that failed; whether there was one."""
+        if self._undo is None:
+            return False
+        before, self._undo = self._undo, None
+        restore_model(self.model, self.compiled, before, "the state before")
+        set_modes(self.compiled.module, before["modes"], also_training=False)
+        restore_random_state(random_state_of(before["random"]), self.compiled.device)
+        return True
+
+    def _restore(self, state: Mapping[str, Any], path: Path) -> None:
         run = state["run"]
         self.epoch, self.stage, self.logs = run["epoch"], run["stage"], dict(run["logs"])
         params = self.model.history.params

@@ -236,3 +236,60 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path_factory: pytest.Tem
     path.write_bytes(content[: int(len(content) * length)])
     with pytest.raises(CheckpointError, match="file"):
         compiled().fit(X, Y, epochs=3, verbose=0, resume_from=path)
+
+
+def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = fitted()
+    model.save(tmp_path / "saved")
+    state = load_state(tmp_path / "saved")
+    state["history"]["history"]["loss"].pop()
+    state["weights"]["0.bias"] += 1.0
+    save_state(tmp_path / "saved", state)
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match="saved cannot be used: Damaged History"):
+        model.load(tmp_path / "saved")
+    assert same(snapshot(model), before)
+
+
+def test_numbers_of_numpy_are_saved_as_pythons(tmp_path: Path) -> None:
+    save_state(tmp_path / "saved", {"a": [np.float64(0.1), (np.int64(2),)], np.int64(3): np.bool_(True)})
+    assert repr(load_state(tmp_path / "saved")) == "{'a': [0.1, (2,)], 3: True}"
+
+
+def test_what_a_model_keeps_in_lists_and_dicts_is_saved(tmp_path: Path) -> None:
+    def made(seed: int) -> fitkit.Model:
+        model = compiled()
+        adam = torch.optim.Adam(model.module.parameters(), lr=seed / 10)
+        vars(model)["own"] = [{"a": adam}, (torch.Generator().manual_seed(seed),)]
+        return model
+
+    one, other = made(1), made(2)
+    one.save(tmp_path / "saved")
+    other.load(tmp_path / "saved")
+    (adam,), (generator,) = vars(other)["own"][0].values(), vars(other)["own"][1]
+    assert adam.param_groups[0]["lr"] == 0.1
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state())
+
+
+def test_a_save_in_the_midst_of_a_callbacks_evaluation_is_one_of_the_fit(tmp_path: Path) -> None:
+    saving = LambdaCallback(on_test_batch_end=lambda batch, logs: saving.model.save(tmp_path / "nested"))
+    model = compiled()
+
+    def evaluate(batch: int, logs: Any) -> None:
+        model.save(tmp_path / "beside")
+        torch.rand(2)
+        model.save(tmp_path / "beside")
+        model.evaluate(X, Y, callbacks=[saving], verbose=0)
+
+    model.fit(X, Y, epochs=1, callbacks=[LambdaCallback(on_train_batch_end=evaluate)], verbose=0)
+    nested, beside = load_state(tmp_path / "nested"), load_state(tmp_path / "beside")
+    assert nested["modes"] == beside["modes"]
+    assert same(nested["random"], beside["random"])
+
+
+def test_a_save_before_a_resumed_run_has_gone_on_is_what_it_goes_on_from(tmp_path: Path) -> None:
+    fitted().save(tmp_path / "saved")
+    model = compiled()
+    saving = LambdaCallback(on_train_begin=lambda logs: model.save(tmp_path / "again"))
+    model.fit(X, Y, epochs=3, callbacks=[saving], verbose=0, resume_from=tmp_path / "saved")
+    assert same(load_state(tmp_path / "again"), load_state(tmp_path / "saved"))

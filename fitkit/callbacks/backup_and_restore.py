@@ -10,12 +10,11 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, final
 
 from fitkit.callbacks.callback import Callback
 from fitkit.callbacks.display import print_line
-from fitkit.checkpoints import load_state
+from fitkit.checkpoints import clear_left_overs, load_state
 from fitkit.distributed import any_of, is_first, running
 from fitkit.durations import seconds_of
 from fitkit.errors import CheckpointError, check_flag, check_integer, show
@@ -31,6 +30,8 @@ class BackupAndRestore(Callback):
 
     A backup that cannot be written, as on a full disk, only warns; it is tried again at the next occasion, and the one
     before stays. A backup that cannot be read is an error: nothing is ever started anew in silence.
+
+    After a batch the backup is made when all other callbacks have had their turn, wherever this one stands among them.
 
     Args:
         backup_dir: a folder of this run's own; made if missing.
@@ -50,6 +51,7 @@ class BackupAndRestore(Callback):
 
     adds_to_logs = ()
     counts_itself: Mapping[str, str] = {"batch": "It counts batches itself: see its save_freq."}
+    is_last_after_batches = True
 
     def __init__(
         self,
@@ -101,9 +103,13 @@ class BackupAndRestore(Callback):
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Makes the folder, clears away what a crash left half-written, and listens for SIGTERM."""
+        if os.path.exists(self.backup_dir) and not os.path.isdir(self.backup_dir):
+            raise NotADirectoryError(
+                f"Expected the path of a folder, received backup_dir={os.fspath(self.backup_dir)!r}, which is a file."
+            )
         os.makedirs(self.backup_dir, exist_ok=True)
-        for left_over in Path(self.backup_dir).glob(".fitkit-*.tmp") if is_first() else ():
-            left_over.unlink(missing_ok=True)
+        if is_first():
+            clear_left_overs(self.backup_dir)
         self._batches = 0
         self._latest = time.monotonic()
         self._is_running, self._is_terminated = True, False
@@ -231,3 +237,6 @@ def _keep_as(path: str, copy: str) -> None:
         os.replace(path, copy)
         return
     os.replace(link, copy)
+    # Where both are names of one file already, as after a backup that failed, that has done nothing.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(link)

@@ -44,6 +44,8 @@ class Callback:
         only_on_rank_0: whether, where several processes share a run, its hooks are called in rank 0 alone, as for what
             writes files or shows something. Its hooks may then neither evaluate, predict or save, which all processes
             do together, nor stop the run.
+        is_last_after_batches: whether ``on_train_batch_end`` and ``on_test_batch_end`` are called after those of all
+            other callbacks, wherever it stands among them: for one that saves the run there.
         model: the Model that runs; set before the first hook.
         params: facts about the run; set before the first hook, empty until then. In a fit: "epochs" (the index
             before which training ends), "initial_epoch", "steps" and "validation_steps" (batches an epoch, None
@@ -64,6 +66,7 @@ class Callback:
     counts_itself: Mapping[str, str] = {}
     calls: Sequence[Callback] = ()
     only_on_rank_0: bool = False
+    is_last_after_batches: bool = False
 
     model: ModelProtocol
     params: dict[str, Any]

@@ -64,6 +64,12 @@ class CSVLogger(Callback):
         self._earlier = 0
         self._goes_on = False
         self._has_begun = False
+        # Whether some of what was read is no whole row.
+        self._is_damaged = False
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}({os.path.basename(self.filename)})"
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Sees that the file can be written."""
@@ -81,15 +87,18 @@ class CSVLogger(Callback):
             return
         self._has_begun = True
         keys, rows = self._read() if self._goes_on else ([], [])
+        damaged = self._is_damaged
         kept = rows[: self._earlier] + [row for row in rows[self._earlier :] if int(row["epoch"]) < epoch]
         self._keys = keys
-        if not self._goes_on or len(kept) < len(rows):
+        if not self._goes_on or damaged or len(kept) < len(rows):
             self._rewrite(kept)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Writes the row."""
         row = {"epoch": str(epoch)}
         for key, value in (logs or {}).items():
+            if key == "epoch":  # the row's own
+                continue
             number = as_number(key, value)
             row[key] = MISSING if number is None else repr(number)
         new = [key for key in row if key not in self._keys]
@@ -102,15 +111,19 @@ class CSVLogger(Callback):
                 self._write(file, [row])
 
     def _read(self) -> tuple[list[str], list[Row]]:
-        with open(self.filename, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter=self.separator)
-            keys = list(reader.fieldnames or ())
-            rows = list(reader)
+        """The columns and the rows that are whole: every row was written with its end of line, a crash may cut it."""
+        text = Path(self.filename).read_bytes().decode("utf-8", "replace")
+        lines = [f"{line}\n" for line in text.split("\n")[:-1] if "\0" not in line]
+        reader = csv.DictReader(lines, delimiter=self.separator)
+        keys = list(reader.fieldnames or ())
+        found = list(reader)
         if keys and keys[0] != "epoch":
             raise ValueError(
                 f"Expected a file that CSVLogger wrote with separator={self.separator!r}, received {self.filename!r}, "
                 f"whose first column is {show(keys[0])}. Give another filename or separator, or append=False."
             )
+        rows = [row for row in found if row["epoch"].isdecimal() and None not in row and None not in row.values()]
+        self._is_damaged = "".join(lines) != text or len(rows) < len(found)
         return keys, rows
 
     def _rewrite(self, rows: Sequence[Row]) -> None:

@@ -28,6 +28,8 @@ HOOKS: dict[str, tuple[str, ...]] = {
 class HookTable:
     """For each hook, the bound methods of those who implement it, in the callbacks' order.
 
+    After batches those with ``is_last_after_batches`` come last.
+
     The loop runs ``for hook in hooks.on_train_batch_end: hook(batch, logs)``: a hook that nobody implements costs
     nothing. Hooks are called by position with all their arguments.
 
@@ -39,16 +41,17 @@ class HookTable:
 
     def __init__(self, callbacks: Iterable[object]) -> None:
         called = self.listeners = list(callbacks)
+        last = sorted(called, key=lambda each: getattr(each, "is_last_after_batches", False))
         self.on_train_begin = _implementations(called, "on_train_begin")
         self.on_train_end = _implementations(called, "on_train_end")
         self.on_epoch_begin = _implementations(called, "on_epoch_begin")
         self.on_epoch_end = _implementations(called, "on_epoch_end")
         self.on_train_batch_begin = _implementations(called, "on_train_batch_begin")
-        self.on_train_batch_end = _implementations(called, "on_train_batch_end")
+        self.on_train_batch_end = _implementations(last, "on_train_batch_end")
         self.on_test_begin = _implementations(called, "on_test_begin")
         self.on_test_end = _implementations(called, "on_test_end")
         self.on_test_batch_begin = _implementations(called, "on_test_batch_begin")
-        self.on_test_batch_end = _implementations(called, "on_test_batch_end")
+        self.on_test_batch_end = _implementations(last, "on_test_batch_end")
         self.on_predict_begin = _implementations(called, "on_predict_begin")
         self.on_predict_end = _implementations(called, "on_predict_end")
         self.on_predict_batch_begin = _implementations(called, "on_predict_batch_begin")

@@ -77,8 +77,12 @@ class LRScheduler(MonitorCallback):
         self._running: Scheduler | None = None
         self._listener: StepListener | None = None
         self._rate: float | Tensor | None = None
-        # The parameter groups that had no initial rate before.
-        self._fresh: list[dict[str, Any]] = []
+        # By index, as a file brings groups of its own: the parameter groups that had no initial rate before.
+        self._fresh: list[int] = []
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}({self.monitor}, {self.interval})"
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_running": None, "_listener": None, "_rate": None, "_fresh": []}
@@ -101,7 +105,8 @@ class LRScheduler(MonitorCallback):
         if isinstance(self.scheduler, Scheduler):
             self._running = self.scheduler
         else:
-            self._fresh = [group for group in optimizer.param_groups if "initial_lr" not in group]
+            groups = enumerate(optimizer.param_groups)
+            self._fresh = [index for index, group in groups if "initial_lr" not in group]
             self._running = self._made(optimizer)
         if self._running.optimizer is not optimizer:
             raise ValueError(
@@ -148,8 +153,9 @@ class LRScheduler(MonitorCallback):
             self._listener.remove()
             self._listener = None
         # The scheduler of a later fit would take the entry that this one has made for the rate to start from.
-        for group in self._fresh:
-            group.pop("initial_lr", None)
+        if self._running is not None:
+            for index in self._fresh:
+                self._running.optimizer.param_groups[index].pop("initial_lr", None)
         self._fresh = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,16 +166,32 @@ class LRScheduler(MonitorCallback):
             {key: value for key, value in group.items() if key != "params"}
             for group in self._running.optimizer.param_groups
         ]
-        return {"scheduler": self._running.state_dict(), "groups": groups}
+        return {
+            "class": type(self._running).__name__,
+            "scheduler": self._running.state_dict(),
+            "groups": groups,
+            "has_stepped": getattr(self._running.optimizer, "_opt_called", False),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state; called after ``on_train_begin``.
+        """Goes on from a state, with its rates and the scheduler's settings; called after ``on_train_begin``.
 
         Args:
             state: what ``state_dict`` returned.
+
+        Raises:
+            ValueError: it is of a scheduler of another class.
         """
         if self._running is None or not state:
             return
+        if state["class"] != type(self._running).__name__:
+            raise ValueError(
+                f"Expected a {state['class']} as in the run that is resumed, received LRScheduler of a "
+                f"{type(self._running).__name__}. Pass the scheduler of that run, or start anew."
+            )
+        if state["has_stepped"]:
+            # torch warns of a scheduler that is ahead of its optimizer, which by this attribute it takes to be new.
+            self._running.optimizer._opt_called = True  # type: ignore[attr-defined]
         self._running.load_state_dict(dict(state["scheduler"]))
         # Making a scheduler has set the rates to those of a beginning.
         for group, settings in zip(self._running.optimizer.param_groups, state["groups"], strict=True):

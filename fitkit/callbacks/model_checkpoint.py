@@ -12,8 +12,12 @@ from typing import Any, final
 
 from fitkit.callbacks.display import print_line
 from fitkit.callbacks.monitor import MonitorCallback
+from fitkit.checkpoints import clear_left_overs
 from fitkit.distributed import is_first, of_first
 from fitkit.errors import check_flag, check_integer, check_number, nearest, show
+
+# Seconds. Others may be writing in the same folder.
+STALE = 3600.0
 
 
 @final
@@ -24,6 +28,9 @@ class ModelCheckpoint(MonitorCallback):
     the weights alone. A file that cannot be written only warns: training goes on and the files before stay. An older
     file is removed only when the newer one is safe on the disk. Every fit starts from a clean state, a resumed one from
     the best value so far.
+
+    A file that is saved after a batch holds what the callbacks in front of this one have done then, and not what those
+    after it still do: put it last in the list where ``fit(resume_from=path)`` is to go on from such files.
 
     Args:
         filepath: where to; ``{epoch}`` and ``{batch}`` count from 1, and other keys of the logs may stand in it too, as
@@ -103,6 +110,10 @@ class ModelCheckpoint(MonitorCallback):
         self._reset()
 
     @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}({self.monitor}, {os.path.basename(self.filepath)})"
+
+    @property
     def best_path(self) -> str | None:
         """The file of the best value; None before the first one."""
         return self._kept[0][0] if self._kept else None
@@ -136,8 +147,9 @@ class ModelCheckpoint(MonitorCallback):
         self._epoch = 0
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
-        """Forgets the fit before."""
+        """Forgets the fit before, and clears away what a crash left half-written."""
         self._reset()
+        clear_left_overs(self._folder(), older_than=STALE)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Notes the epoch for names."""
@@ -168,8 +180,8 @@ class ModelCheckpoint(MonitorCallback):
         self._save_last(epoch)
 
     def _save_last(self, epoch: int) -> None:
-        if self.save_last:
-            self._write(self._last(), epoch)
+        if self.last_path is not None:
+            self._write(self.last_path, epoch)
 
     def _judge(self, value: float, epoch: int, batch: int | None, logs: Mapping[str, Any]) -> None:
         """Saves a value that is among the best, and then removes what is no longer."""
@@ -219,11 +231,18 @@ class ModelCheckpoint(MonitorCallback):
             free = f"{stem}-{count}{ending}"
         return free
 
-    def _last(self) -> str:
+    def _folder(self) -> str:
+        """The innermost folder that is the same for all files."""
         folder = os.path.dirname(self.filepath)
         while _fields(folder):
             folder = os.path.dirname(folder)
-        return os.path.join(folder, f"last{os.path.splitext(self.filepath)[1]}")
+        return folder
+
+    @property
+    def last_path(self) -> str | None:
+        """The file of save_last; None without it."""
+        ending = os.path.splitext(self.filepath)[1]
+        return os.path.join(self._folder(), f"last{ending}") if self.save_last else None
 
     def _write(self, path: str, epoch: int) -> bool:
         """Whether the file could be written."""

@@ -151,9 +151,9 @@ class SwapEMAWeights(Callback):
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in the middle of a fit: a copy of the weights outside the module, and whether these are swapped."""
+        """The state in the middle of a fit: a copy of the weights outside the module, and whether and why swapped."""
         kept = None if self._kept is None else _copies(self._kept)
-        return {"kept": kept, "is_swapped": self._is_swapped}
+        return {"kept": kept, "is_swapped": self._is_swapped, "swapped_for_pass": self._swapped_for_pass}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state; called after ``on_train_begin``.
@@ -179,6 +179,9 @@ class SwapEMAWeights(Callback):
             kept = copies
         self._kept = kept
         self._is_swapped = state["is_swapped"]
+        # A pass that was left in its midst begins anew, and swaps by itself.
+        self._swapped_for_pass = state["swapped_for_pass"]
+        self._end_pass()
 
 
 def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -75,6 +75,22 @@ class Batches(abc.ABC):
         """What tells by state_dict where a pass is, and goes there by load_state_dict; None where nothing does."""
         return None
 
+    @property
+    def keeps_workers(self) -> bool:
+        """Whether workers of an earlier pass are there, so that the next one begins without a draw for them."""
+        return False
+
+    def start_workers(self) -> None:  # noqa: B027 (most kinds have none)
+        """Makes `keeps_workers` true where it can be. The caller puts back what this draws."""
+
+    @property
+    def chosen(self) -> list[Any] | None:
+        """The indices that `in_order` has drawn, once and for all; None where it drew none."""
+        return None
+
+    def choose(self, chosen: list[Any]) -> None:  # noqa: B027 (most kinds draw none)
+        """Takes the indices that `in_order` drew in the run that is resumed."""
+
     def in_order(self) -> Batches:
         """The same data unshuffled, in the same batches at each pass."""
         return self
@@ -151,6 +167,7 @@ class EpochPlan:
         self._device = device or torch.device("cpu")
         # What draws were made from when the present pass began, and its batches that earlier epochs took.
         self._start: dict[str, Any] | None = None
+        self._had_workers = False
         self._before = 0
         # An epoch that was left in its midst, and what is left of it.
         self._in_epoch = False
@@ -242,6 +259,8 @@ class EpochPlan:
             "taken": self._before + self.given,
             "start": self._start,
             "own": [generator.get_state() for generator in self._batches.generators],
+            "workers": self._had_workers if in_epoch or self._is_going_on else self._batches.keeps_workers,
+            "chosen": self._batches.chosen,
             "source": None if source is None else source.state_dict(),
         }
 
@@ -253,11 +272,15 @@ class EpochPlan:
             in_epoch: whether the epoch goes on from there; otherwise the next one begins.
             ends_here: whether the epoch has no further batch, since it was told to stop.
         """
+        if state["workers"]:
+            self._batches.start_workers()
+        if state["chosen"] is not None:
+            self._batches.choose(state["chosen"])
         self.given, self._before, self._in_epoch = state["given"], state["taken"] - state["given"], in_epoch
         if ends_here:
             self._resumed = iter(())
         elif (in_epoch or self._is_going_on) and state["start"] is not None:
-            self._start = state["start"]
+            self._start, self._had_workers = state["start"], state["workers"]
             restore_random_state(state["start"], self._device)
             self._set_generators(state["start"]["own"])
             iterator = self._from(state["taken"], state["source"])
@@ -283,6 +306,7 @@ class EpochPlan:
         if self.noted or self._is_going_on:
             own = [generator.get_state() for generator in self._batches.generators]
             self._start = {**random_state(self._device), "own": own}
+            self._had_workers = self._batches.keeps_workers
         return iter(self._batches)
 
     @contextlib.contextmanager

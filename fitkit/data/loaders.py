@@ -41,10 +41,14 @@ class LoaderBatches(Batches):
         loader: any DataLoader; what it yields is what the steps are given.
         dtype: what floating NumPy arrays in a batch become.
         cast: whether floating tensors become of that dtype too: for loaders that fitkit made from a Dataset.
+        chosen: the list of indices that the loader's sampler, which `in_order` made, reads.
     """
 
-    def __init__(self, loader: DataLoader[Any], dtype: torch.dtype, *, cast: bool = False) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], dtype: torch.dtype, *, cast: bool = False, chosen: list[Any] | None = None
+    ) -> None:
         self._loader = loader
+        self._chosen = chosen
         self._dtype = dtype
         self._cast = cast
         self.length = known_length(loader)
@@ -55,7 +59,29 @@ class LoaderBatches(Batches):
         self._part_loader: LoaderBatches | None = None
 
     def __iter__(self) -> Iterator[Any]:
+        if self._cast and self.keeps_workers:
+            # A new iterator draws a seed for its workers; one whose workers stay does not. The order of a Dataset is
+            # the same with any number of workers, and goes on after a crash, when the workers are new.
+            torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
         return (with_tensors(batch, self._dtype, cast=self._cast) for batch in self._loader)
+
+    @property
+    def keeps_workers(self) -> bool:
+        loader = self._loader
+        return type(loader) is DataLoader and loader.persistent_workers and loader._iterator is not None
+
+    def start_workers(self) -> None:
+        # One that fitkit made draws the seed with and without workers of an earlier pass.
+        if type(self._loader) is DataLoader and self._loader.persistent_workers and not self._cast:
+            iter(self._loader)
+
+    @property
+    def chosen(self) -> list[Any] | None:
+        return self._chosen
+
+    def choose(self, chosen: list[Any]) -> None:
+        if self._chosen is not None:
+            self._chosen[:] = chosen
 
     def after(self, done: int) -> Iterator[Any]:
         loader = self._loader
@@ -129,14 +155,16 @@ class LoaderBatches(Batches):
         if self.length is None or isinstance(loader.dataset, IterableDataset):
             return self
         if loader.batch_sampler is None:  # batch_size=None: the dataset gives whole batches by index
-            return self._with(loader, batch_size=None, sampler=_in_order(loader.sampler, loader.dataset))
+            order = _in_order(loader.sampler, loader.dataset)
+            return self._with(loader, order, batch_size=None, sampler=order)
         given = loader.batch_sampler
         if type(given) is BatchSampler:
-            sampler = BatchSampler(_in_order(given.sampler, loader.dataset), given.batch_size, given.drop_last)
-            return self._with(loader, batch_sampler=sampler)
-        return self._with(loader, batch_sampler=list(itertools.islice(given, self.length)))
+            order = _in_order(given.sampler, loader.dataset)
+            return self._with(loader, order, batch_sampler=BatchSampler(order, given.batch_size, given.drop_last))
+        order = list(itertools.islice(given, self.length))
+        return self._with(loader, order, batch_sampler=order)
 
-    def _with(self, loader: DataLoader[Any], **options: Any) -> LoaderBatches:
+    def _with(self, loader: DataLoader[Any], order: Any = None, **options: Any) -> LoaderBatches:
         """The batches of a loader like the given one, of other indices."""
         if loader.num_workers:
             options |= {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
@@ -151,7 +179,8 @@ class LoaderBatches(Batches):
             multiprocessing_context=loader.multiprocessing_context,
             generator=loader.generator,
         )
-        return LoaderBatches(other, self._dtype, cast=self._cast)
+        chosen = order if isinstance(order, list) else None
+        return LoaderBatches(other, self._dtype, cast=self._cast, chosen=chosen)
 
 
 # Samplers that draw all that they draw when they begin.

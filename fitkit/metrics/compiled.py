@@ -38,6 +38,13 @@ class Entry:
     metric: NamedMetric | Metric | MetricCollection | Callable[..., Any]
     weighted: bool
 
+    @property
+    def kind(self) -> str:
+        """The name, class or function that was given."""
+        if isinstance(self.metric, NamedMetric):
+            return self.metric.name
+        return type(self.metric).__name__ if is_torchmetrics(self.metric) else _callable_name(self.metric)
+
     def higher_is_better(self, key: str) -> bool | None:
         """Whether a larger value is the better one; None where that is not known."""
         if not is_torchmetrics(self.metric):
@@ -127,6 +134,11 @@ class CompiledMetrics:
             owns = owns_targets and not users
             parts.append((output, Gathering(named, meanings[output], device, weighted=weighted, owns_targets=owns)))
         return RunningMetrics(self.names, [*parts, *users], outputs, shared=len(users) > 1)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """What each metric is by its log key: the name or class."""
+        return {key: entry.kind for entry in self._entries for key in entry.keys}
 
     @property
     def are_means_over_data(self) -> bool:

@@ -423,3 +423,38 @@ def test_a_backup_costs_no_time_between_its_occasions(tmp_path: Path) -> None:
         backing.on_train_batch_end(batch)
     backing.on_exception(Crash())
     assert time.perf_counter() - began < 0.1
+
+
+def test_what_callbacks_behind_it_do_after_a_batch_is_in_the_backup(tmp_path: Path) -> None:
+    class Counting(Callback):
+        count = 0
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.count += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state["count"]
+
+    arguments: dict[str, Any] = {"save_freq": 1, "delete_checkpoint": False}
+    with pytest.raises(Crash):
+        fit(BackupAndRestore(tmp_path, **arguments), Counting(), crash_at(1))
+    counting = Counting()
+    fit(BackupAndRestore(tmp_path, **arguments), counting)
+    assert counting.count == 9
+
+
+def test_a_link_that_was_left_by_a_failed_backup_does_not_stay(tmp_path: Path) -> None:
+    leave_a_backup(tmp_path)
+    path = tmp_path / "training_state.fitkit"
+    os.link(path, tmp_path / "training_state.previous.fitkit")
+    fit(BackupAndRestore(tmp_path, double_checkpoint=True, delete_checkpoint=False), epochs=4)
+    assert sorted(os.listdir(tmp_path)) == ["training_state.fitkit", "training_state.previous.fitkit"]
+
+
+def test_a_file_in_place_of_the_folder_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Expected the path of a folder, received backup_dir=.*which is a file"):
+        fit(BackupAndRestore(tmp_path / "file"))

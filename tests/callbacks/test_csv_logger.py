@@ -128,3 +128,14 @@ def test_a_separator_is_one_character(separator: Any) -> None:
 def test_a_filename_is_a_path() -> None:
     with pytest.raises(TypeError, match="Expected a path, received filename=3"):
         CSVLogger(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cut", ["1", "1,0.", "x,0.5\n", "\0\0", "1\n", "1,2,3\n"])
+def test_a_row_that_a_crash_has_cut_is_left_out(cut: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(f"epoch,loss\n0,0.5\n{cut}")
+    assert driven(CSVLogger(path, append=True), [{"loss": 0.25}], first=1) == ["epoch,loss", "0,0.5", "1,0.25"]
+
+
+def test_a_key_named_epoch_leaves_the_rows_epoch_alone(tmp_path: Path) -> None:
+    assert driven(CSVLogger(tmp_path / "log.csv"), [{"epoch": 7.0, "loss": 0.5}]) == ["epoch,loss", "0,0.5"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import fitkit
-from fitkit.callbacks import EarlyStopping, LRScheduler
+from fitkit.callbacks import EarlyStopping, LambdaCallback, LRScheduler
 
 X = torch.linspace(-1, 1, 40).reshape(20, 2)
 Y = X.sum(1, keepdim=True) + 0.5
@@ -211,3 +212,35 @@ def test_a_callable_that_makes_no_scheduler_is_refused() -> None:
 def test_an_unknown_interval_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected one of 'epoch', 'step', received interval='batch'"):
         LRScheduler(halving, interval="batch")
+
+
+def saved_at_epoch_ends(folder: Path, *, first: bool) -> None:
+    saving = LambdaCallback(on_epoch_end=lambda epoch, logs: saving.model.save(folder / str(epoch)))
+    rates = LRScheduler(halving)
+    fitted(compiled(), *((saving, rates) if first else (rates, saving)))
+
+
+def test_a_resumed_run_leaves_no_rate_to_start_from_and_torch_warns_of_nothing(tmp_path: Path) -> None:
+    saved_at_epoch_ends(tmp_path, first=True)
+    model = compiled()
+    fitted(model, LRScheduler(halving), resume_from=tmp_path / "0")
+    assert fitted(model, LRScheduler(halving), epochs=2)["learning_rate"] == [0.0125, 0.00625]
+
+
+def test_a_file_from_the_midst_of_a_run_brings_no_rate_to_start_from(tmp_path: Path) -> None:
+    saved_at_epoch_ends(tmp_path, first=False)
+    model = compiled()
+    model.load(tmp_path / "1")
+    assert fitted(model, LRScheduler(halving), epochs=2)["learning_rate"] == [0.025, 0.0125]
+
+
+def test_a_scheduler_of_another_class_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    saved_at_epoch_ends(tmp_path, first=True)
+    model = compiled()
+    before = model.module.weight.detach().clone()
+    other = LRScheduler(lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.5))
+    with pytest.raises(ValueError, match=r"/0 cannot be used: Expected a StepLR.*ExponentialLR") as caught:
+        fitted(model, other, resume_from=tmp_path / "0")
+    assert torch.equal(model.module.weight, before)
+    assert model.history.epoch == []
+    assert not hasattr(caught.value, "__notes__")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +215,7 @@ def test_a_file_can_have_no_other_files_removed() -> None:
     Path("precious").touch()
     fit(marks(2.0), ModelCheckpoint("{epoch}.pt", "mark", save_top_k=1), epochs=1)
     state = load_state("1.pt")
-    state["run"]["callbacks"]["ModelCheckpoint(mark)"]["kept"] = [["precious", 3.0], ["../x.pt", 3.0]]
+    state["run"]["callbacks"]["ModelCheckpoint(mark, {epoch}.pt)"]["kept"] = [["precious", 3.0], ["../x.pt", 3.0]]
     save_state("1.pt", state)
     fit(marks(2.0, 1.0), ModelCheckpoint("{epoch}.pt", "mark", save_top_k=1), epochs=2, resume_from="1.pt")
     assert "precious" in files()
@@ -262,3 +264,28 @@ def test_a_resumed_run_is_the_undisturbed_one() -> None:
     resumed = fit(ModelCheckpoint("{epoch}"), EarlyStopping("loss", patience=2), epochs=5, resume_from="2")
     assert resumed.history.history == whole.history.history
     assert torch.equal(resumed.module.weight, whole.module.weight)  # type: ignore[arg-type]
+
+
+def test_states_are_found_again_when_another_checkpoint_comes_in_front() -> None:
+    def best() -> ModelCheckpoint:
+        return ModelCheckpoint("best.pt", "mark", save_best_only=True)
+
+    fit(marks(2.0, 1.0, 3.0), best(), LambdaCallback(on_train_end=lambda logs: None)).save("saved")
+    again = best()
+    fit(marks(*[5.0] * 4), ModelCheckpoint("{epoch}.pt", "mark"), again, epochs=4, resume_from="saved")
+    assert again.best == 1.0
+
+
+def test_two_files_of_the_last_epoch_at_one_path_are_an_error_before_training() -> None:
+    with pytest.raises(ValueError, match="would write the same file"):
+        fit(ModelCheckpoint("a{epoch}.pt", save_last=True), ModelCheckpoint("b{epoch}.pt", save_last=True))
+    assert files() == []
+
+
+def test_left_overs_of_a_crash_are_cleared_away_when_they_are_old() -> None:
+    Path("files").mkdir()
+    for name, age in ((".fitkit-1.tmp", 7200), (".fitkit-2.tmp", 10)):
+        Path("files", name).touch()
+        os.utime(Path("files", name), (time.time() - age,) * 2)
+    fit(ModelCheckpoint("files/{epoch}.pt"), epochs=1)
+    assert files("files") == [".fitkit-2.tmp", "1.pt"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fitkit
@@ -225,3 +226,20 @@ def test_evaluate_inside_a_fit_sees_the_average_when_given_the_callback() -> Non
 def test_a_momentum_out_of_range_is_refused(momentum: float) -> None:
     with pytest.raises(ValueError, match="Expected a number from 0 to 1, received momentum="):
         SwapEMAWeights(momentum=momentum)
+
+
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_a_run_goes_on_from_a_validation_in_which_the_module_has_the_average(
+    swap_on_epoch: bool, tmp_path: Path
+) -> None:
+    def run(*callbacks: Callback, **arguments: Any) -> Tensor:
+        model = compiled()
+        averaging = SwapEMAWeights(swap_on_epoch, momentum=0.5)
+        fitted(model, averaging, *callbacks, epochs=3, validation_data=(X, Y), **arguments)
+        return next(model.module.parameters()).detach().clone()
+
+    count = iter(range(100))
+    saving = LambdaCallback(on_test_batch_end=lambda batch, logs: saving.model.save(tmp_path / str(next(count))))
+    expected = run(saving)
+    assert next(count) > 2
+    assert all(torch.equal(run(resume_from=tmp_path / str(index)), expected) for index in range(next(count) - 1))

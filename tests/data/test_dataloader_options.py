@@ -97,9 +97,28 @@ def test_weights_are_those_of_a_loader_made_with_the_same_options(workers: int) 
         model.fit(data, epochs=2, verbose=0, **arguments)
         return module.weight.detach()
 
-    options = {"num_workers": workers, "drop_last": True}
-    loader = DataLoader(Numbers(), batch_size=4, shuffle=True, persistent_workers=workers > 0, **options)
+    options = {"num_workers": workers, "drop_last": True, "persistent_workers": False}
+    loader = DataLoader(Numbers(), batch_size=4, shuffle=True, **options)
     assert torch.equal(trained(loader), trained(Numbers(), batch_size=4, dataloader_options=options))
+
+
+def test_workers_that_stay_change_no_order() -> None:
+    class Reading(fitkit.Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            read.extend(batch[0].flatten().tolist())
+            return self.module(batch[0]).sum()
+
+    def order(**arguments: Any) -> list[float]:
+        torch.manual_seed(3)
+        model = Reading(nn.Linear(1, 1), device="cpu")
+        model.compile("sgd")
+        model.fit(TensorDataset(torch.arange(8.0).unsqueeze(1)), batch_size=2, epochs=3, verbose=0, **arguments)
+        numbers = list(read)
+        read.clear()
+        return numbers
+
+    read: list[float] = []
+    assert order(dataloader_options={"num_workers": 2}) == order()
 
 
 def test_drop_last_leaves_samples_out_of_training_only() -> None:

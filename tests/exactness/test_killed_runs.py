@@ -38,8 +38,8 @@ def test_a_run_that_is_killed_at_random_ends_as_if_it_had_not_been() -> None:
 
 @pytest.mark.long
 def test_runs_of_all_kinds_that_are_killed_end_as_if_they_had_not_been() -> None:
-    figures = torture("--kills", "80")
+    figures = torture("--kills", "55")
     print(figures)
-    assert figures["kills"] >= 80
-    assert figures["resumes"] >= 40
+    assert figures["kills"] >= 55
+    assert figures["resumes"] >= 10
     assert figures["mismatches"] == []

@@ -47,7 +47,9 @@ class Crash(Exception):
 
 
 class Crashing(Callback):
-    """Raises at the so-manieth call of a hook."""
+    """Raises at the so-manieth call of a hook, after a backup that is made there."""
+
+    is_last_after_batches = True
 
     def __init__(self, hook: str, count: int) -> None:
         super().__init__()
@@ -209,6 +211,42 @@ def test_a_file_saved_before_or_after_all_epochs_is_complete(hook: str) -> None:
     model, fit = KILLED.build(KILLED.RUNS["arrays"])
     torch.rand(5)
     assert KILLED.result(model, fit(resume_from="saved")) == KILLED.undisturbed("arrays")
+
+
+def shuffled(workers: int) -> DataLoader[Any]:
+    data = torch.utils.data.TensorDataset(X[:24], Y[:24])
+    return DataLoader(data, batch_size=8, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments"),
+    [
+        (lambda: shuffled(1), {}),
+        (lambda: shuffled(1).dataset, {"batch_size": 8, "dataloader_options": {"num_workers": 1}}),
+    ],
+    ids=["of the user's loader", "of a Dataset"],
+)
+@pytest.mark.parametrize("count", [4, 5])
+def test_a_run_with_workers_that_stay_goes_on_with_new_ones(data: Any, arguments: dict[str, Any], count: int) -> None:
+    run = KILLED.Run(data, {"epochs": 3, **arguments})
+    model, fit = KILLED.build(run)
+    expected = KILLED.result(model, fit(Saving("on_train_batch_end", count)))
+    model, fit = KILLED.build(run)
+    torch.rand(5)
+    assert KILLED.result(model, fit(resume_from="saved")) == expected
+
+
+def test_samples_that_a_sampler_chose_once_are_those_of_the_run_that_goes_on() -> None:
+    def run() -> tuple[fitkit.Model, Any]:
+        data = torch.utils.data.TensorDataset(X, Y)
+        sampler = torch.utils.data.RandomSampler(data, num_samples=30)
+        return KILLED.build(KILLED.Run(lambda: DataLoader(data, batch_size=5, sampler=sampler), {"overfit_pct": 0.5}))
+
+    model, fit = run()
+    expected = KILLED.result(model, fit(Saving("on_train_batch_end", 4)))
+    model, fit = run()
+    torch.rand(5)
+    assert KILLED.result(model, fit(resume_from="saved")) == expected
 
 
 def test_a_save_before_a_batchs_step_is_refused() -> None:
@@ -419,12 +457,35 @@ def saved() -> str:
         ({"train_percent_check": 0.5}, r"steps_per_epoch=6 now and None in the file"),
         ({"shuffle": False}, "shuffle=False now and True in the file"),
         ({"validation_split": 0.5}, "the number of samples=45 now and 90 in the file"),
+        ({"validation_data": (X, Y)}, "validation_freq=1 now and None in the file"),
         ({"track_grad_norm": 2}, r"track_grad_norm=2\.0 now and -1\.0"),
     ],
 )
 def test_arguments_that_change_the_numbers_are_refused(saved: str, arguments: dict[str, Any], message: str) -> None:
     _, fit = KILLED.build(KILLED.Run(arguments={"batch_size": 8, "accumulate_grad_batches": 2, **arguments}))
     with pytest.raises(CheckpointError, match=message):
+        fit(resume_from=saved)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "message"),
+    [
+        ({"loss": "l1_loss"}, "loss=.*L1Loss.* now and .*MSELoss"),
+        ({"loss": nn.MSELoss(reduction="sum")}, "reduction='sum'.* now and .*reduction='mean'"),
+        ({"metrics": {"m": "mae"}}, "metrics="),
+    ],
+)
+def test_what_changes_the_numbers_in_compile_is_refused(saved: str, compiled: dict[str, Any], message: str) -> None:
+    run = KILLED.Run(arguments={"batch_size": 8, "accumulate_grad_batches": 2}, compiled=compiled)
+    _, fit = KILLED.build(run)
+    with pytest.raises(CheckpointError, match=message):
+        fit(resume_from=saved)
+
+
+def test_sample_weights_that_were_not_there_are_refused(saved: str) -> None:
+    run = KILLED.Run(lambda: (X, Y, torch.ones(90)), {"batch_size": 8, "accumulate_grad_batches": 2})
+    _, fit = KILLED.build(run)
+    with pytest.raises(CheckpointError, match="sample_weight=True now and False in the file"):
         fit(resume_from=saved)
 
 
