@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +53,13 @@ from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import FittingParts, report_size, split_by
 from fitkit.optimization import OptimizerArgument, follow_parameters, make_optimizer
 from fitkit.output_losses import OutputLosses
-from fitkit.plan import Plan, make_plan
-from fitkit.script import write_script
 from fitkit.shared_steps import Agreement, SharedStep, joined_outputs, taking_shares
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
 from fitkit.training_state import Progress, load_model, model_state, read_training_state
+
+if TYPE_CHECKING:
+    from fitkit.plan import Plan
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -404,6 +405,8 @@ class Model:
             ValueError: as `fit`.
             TypeError: as `fit`.
         """
+        from fitkit.plan import make_plan  # few scripts plan, and each would import it
+
         given = FitArguments.of(Model.fit, data, y, fit_arguments)
         with kept_random_state(self.device), kept_generators(data, given.validation_data):
             return make_plan(self._prepare(given, introduces=False), self._require_compiled())
@@ -425,6 +428,8 @@ class Model:
             TypeError: as `fit`.
             OSError: a file cannot be written.
         """
+        from fitkit.script import write_script  # as above
+
         if "data" not in fit_arguments:
             raise TypeError("Expected what fit is given, received no data. Write to_script(path, data=..., ...).")
         rest = {name: value for name, value in fit_arguments.items() if name not in ("data", "y")}
