@@ -134,10 +134,7 @@ class Numbers:
                 'that returns its loss does not show. Return {"loss": ..., "output": ..., "target": ...} from the '
                 "step, or return the metric's value by its name, or compile without metrics."
             )
-        outputs = [
-            output.detach() if isinstance(output, Tensor) else mapped(Tensor.detach, output)
-            for output in outcome.outputs
-        ]
+        outputs = [mapped(Tensor.detach, output) for output in outcome.outputs]
         self.metrics.update(outputs, outcome.targets, outcome.sample_weights)
 
     def values(self) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class RunningMetrics:
     """Running values over all batches since `reset`, the same for any slicing of the data into batches.
 
     Made by `CompiledMetrics.start`; two of them share nothing, so runs may be nested or interleaved. Taking in a batch
-    costs little: for metrics by name batches wait, and torchmetrics takes in many at once. Metrics that compare all
+    costs little: for metrics by name batches wait, and many are summed up at once. Metrics that compare all
     items with each other ("auroc", "average_precision", "spearman"; "cosine_similarity"; what a user's torchmetrics
     metric keeps in lists) keep every row on the device until reset.
 

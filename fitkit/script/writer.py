@@ -303,19 +303,20 @@ class _Writer:
 
 def _limit(flags: TrainingFlags) -> str | None:
     """How many batches an epoch takes, as an expression; None where it takes all of them."""
-    if flags.steps_per_epoch is not None:
-        return str(flags.steps_per_epoch)
-    fraction = flags.overfit_pct or flags.train_percent_check
-    name = "overfit_pct" if flags.overfit_pct else "train_percent_check"
-    return None if fraction == 1.0 else f"max(1, int(len(training) * {fraction!r}))  # {name}"
+    return _part(flags, flags.steps_per_epoch, flags.train_percent_check, "train_percent_check", "training")
 
 
 def _validation_limit(flags: TrainingFlags) -> str | None:
-    if flags.validation_steps is not None:
-        return str(flags.validation_steps)
-    fraction = flags.overfit_pct or flags.val_percent_check
-    name = "overfit_pct" if flags.overfit_pct else "val_percent_check"
-    return None if fraction == 1.0 else f"max(1, int(len(validation) * {fraction!r}))  # {name}"
+    """The same of a validation."""
+    return _part(flags, flags.validation_steps, flags.val_percent_check, "val_percent_check", "validation")
+
+
+def _part(flags: TrainingFlags, steps: int | None, fraction: float, name: str, loader: str) -> str | None:
+    if steps is not None:
+        return str(steps)
+    if flags.overfit_pct:
+        fraction, name = flags.overfit_pct, "overfit_pct"
+    return None if fraction == 1.0 else f"max(1, int(len({loader}) * {fraction!r}))  # {name}"
 
 
 def _accumulation(flags: TrainingFlags) -> str:
