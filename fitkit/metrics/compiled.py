@@ -63,11 +63,11 @@ class CompiledMetrics:
     list or tuple with one entry per output, or a dict by output name; each entry is a metric, a list, tuple or dict of
     metrics, or None. A metric is
 
-    - a name, see names.py, in any case; its log key is the name as it was written. Means over items (accuracy, mae, mse,
-      rmse) are summed here, all others are torchmetrics'; on what follows from the loss and from shapes: accuracy of
-      classes is the share of items, that of labels the share of single labels; f1, precision, recall, specificity,
-      jaccard, auroc and average_precision are means over classes or labels; regression is over all elements, but r2,
-      explained_variance, pearson and spearman are means over columns;
+    - a name, see names.py, in any case; its log key is the name as it was written. Means over items (accuracy, mae,
+      mse, rmse) are summed here, all others are torchmetrics'; on what follows from the loss and from shapes:
+      accuracy of classes is the share of items, that of labels the share of single labels; f1, precision, recall,
+      specificity, jaccard, auroc and average_precision are means over classes or labels; regression is over all
+      elements, but r2, explained_variance, pearson and spearman are means over columns;
     - a torchmetrics metric or collection: copied, and updated with each batch's output and target. Its key is its class
       name in snake case; a collection brings its own names. It must compute one number;
     - a callable ``(output, target)``: returns a number, the mean of the batch, or one value or more per sample. Its key
