@@ -100,7 +100,7 @@ def test_a_small_view_of_a_large_output_does_not_keep_the_large_one() -> None:
             held = step.numbers.metrics._parts[0][1]._held
             sizes.extend(rows[0].untyped_storage().nbytes() for rows in held)
 
-    import fitkit.model as house
+    import fitkit.preparation as house
 
     class Watched(house.TrainStep):  # type: ignore[misc]
         def __init__(self, *args: object, **kwargs: object) -> None:
