@@ -25,9 +25,8 @@ FLOORS = [
     {"model"},
     {"plan", "script"},
     {"preparation"},
-    {"run_callbacks", "epoch_plans"},
     {"loop", "microbatches", "learning_rate_finder", "shared_steps"},
-    {"training_state", "rehearsal"},
+    {"training_state", "rehearsal", "run_callbacks", "epoch_plans"},
     {"steps", "callbacks"},
     {"numbers"},
     {"computation"},
@@ -36,8 +35,9 @@ FLOORS = [
     {"output_losses"},
     {"data", "metrics", "losses", "optimization", "gradients"},
     {"history", "logs", "summary"},
+    {"history_plots"},
     {"distributed"},
-    {"batch", "checkpoints", "device", "durations", "figures", "flags"},
+    {"batch", "checkpoints", "device", "durations", "figures", "flags", "log_keys"},
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.
