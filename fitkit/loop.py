@@ -45,6 +45,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from fitkit._types import ModelProtocol
 from fitkit.callbacks import EarlyStopping
 from fitkit.callbacks.hooks import HookTable, finish
@@ -169,9 +171,10 @@ def evaluate(run: TestRun) -> dict[str, float]:
         model.module.eval()
         for hook in hooks.on_test_begin:
             hook({})
+        before, after = hooks.on_test_batch_begin, hooks.on_test_batch_end
         step.begin_epoch()
-        with contextlib.closing(run.batches.epoch()) as batches:
-            run_batches(batches, run.take_batch, hooks.on_test_batch_begin, hooks.on_test_batch_end)
+        with _without_gradients(run, before, after), contextlib.closing(run.batches.epoch()) as batches:
+            run_batches(batches, run.take_batch, before, after)
         logs = step.epoch_logs()
         finish(hooks.on_test_end, logs)
     return logs
@@ -184,8 +187,9 @@ def predict(run: PredictRun) -> list[Any]:
         model.module.eval()
         for hook in hooks.on_predict_begin:
             hook({})
-        with contextlib.closing(run.batches.epoch()) as batches:
-            run_batches(batches, run.take_batch, hooks.on_predict_batch_begin, hooks.on_predict_batch_end)
+        before, after = hooks.on_predict_batch_begin, hooks.on_predict_batch_end
+        with _without_gradients(run, before, after), contextlib.closing(run.batches.epoch()) as batches:
+            run_batches(batches, run.take_batch, before, after)
         finish(hooks.on_predict_end, {})
     return step.outputs
 
@@ -208,6 +212,14 @@ def run_batches(
         if stoppable is not None and stoppable.stop_training:
             break
     step.finish()
+
+
+def _without_gradients(
+    run: TestRun | PredictRun, before: list[Hook], after: list[Hook]
+) -> contextlib.AbstractContextManager[None]:
+    """No gradients, once for all batches: where the user's code may run between them, a step does it for each."""
+    is_alone = not before and not after and run.batches.data.self_contained
+    return torch.no_grad() if is_alone else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -241,11 +253,12 @@ def _located_errors(run: FitRun) -> Iterator[None]:
         if run.progress.saved is not None:
             raise  # the run has not come to the place that it goes on from
         epoch, plan = run.progress.epoch, run.batches
-        place = f"epoch {epoch + 1} (index {epoch})"
+        place, failed_at = f"epoch {epoch + 1} (index {epoch})", None
         if run.progress.stage == "validate" and run.validation is not None:
-            place, plan = f"the validation of {place}", run.validation.batches
+            place, plan, failed_at = f"the validation of {place}", run.validation.batches, run.validation.step.failed_at
         if run.progress.stage in ("train", "validate"):
             batch = plan.given if plan.failed else max(plan.given - 1, 0)
+            batch = batch if failed_at is None else failed_at
             place += f", batch {batch + 1} (index {batch})"
         add_note(error, f"This came up in {place}.")
         raise

@@ -147,6 +147,12 @@ class Loss:
         return f"{type(self.module).__name__}({', '.join(shown)})"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is one of torch's, and nobody listens to its calls."""
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return self.built_in is not None and not any(getattr(self.module, name) for name in hooks)
+
+    @property
     def weight_depends_on_targets(self) -> bool:
         """Whether two batches of equal shape may have different weights."""
         return self.built_in is None or self.built_in.averages == "targets"

@@ -27,6 +27,7 @@ FLOORS = [
     {"loop", "microbatches", "learning_rate_finder", "shared_steps"},
     {"training_state", "rehearsal"},
     {"steps", "callbacks"},
+    {"joint_losses"},
     {"numbers"},
     {"computation"},
     {"synchronisation"},

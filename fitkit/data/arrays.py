@@ -79,6 +79,7 @@ class ArrayBatches(Batches):
     """
 
     owned = True
+    self_contained = True
 
     def __init__(
         self,

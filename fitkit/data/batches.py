@@ -26,12 +26,14 @@ class Batches(abc.ABC):
         length: batches in one pass; None when the data does not tell.
         again: whether a second pass is possible. A generator gives one.
         owned: whether nobody writes into the memory of a batch after it was given.
+        self_contained: whether nothing of the user's is called to make a batch.
         parts: 1 for batches of x, 2 for (x, y), 3 for (x, y, sample_weight); None where only a batch tells.
     """
 
     length: int | None = None
     again: bool = True
     owned: bool = False
+    self_contained: bool = False
     parts: int | None = None
 
     @abc.abstractmethod

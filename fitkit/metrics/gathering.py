@@ -74,7 +74,7 @@ class Gathering:
         self._reading: Reading | None = None
         self._shapes: object = None
         self._samples = 0
-        self._batch_samples = self._batch_elements = 0
+        self._batch_samples = self._batch_elements = self._most_batches = 0
         self._are_rows = False
         self._held: list[tuple[Tensor, ...]] = []
         self._held_elements = 0
@@ -83,7 +83,12 @@ class Gathering:
         self._metrics: dict[str, tuple[Keeper, Keeper]] = {}
         self._keepers: dict[tuple[object, Given], Keeper] = {}
 
-    def update(self, output: Structure, target: Structure, weight: Tensor | None) -> None:
+    @property
+    def room(self) -> int:
+        """How many batches like the latest may wait; none of those that are looked at while they are in the cache."""
+        return self._most_batches if self._batch_elements <= self._most_waiting else 0
+
+    def update(self, output: Structure, target: Structure, weight: Tensor | None, *, are_kept: bool = False) -> None:
         """Takes in one batch; one without samples changes nothing."""
         # Batches like the one before need no second look.
         if not self._is_alike(output, target):
@@ -103,7 +108,7 @@ class Gathering:
         # The first batch does not wait, so that what a metric refuses is refused there.
         waits = self._samples and self._batch_elements <= self._most_waiting
         self._samples += self._batch_samples
-        if waits:
+        if waits and not are_kept:
             # Copies: a module may write its next output where it wrote this one, and so may a loader its next target.
             copies = (rows[0].clone(), *rows[1:]) if self._owns_targets else tuple([part.clone() for part in rows])
             rows = copies
