@@ -50,6 +50,8 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
     Raises:
         ValueError: a tuple or list of none or of more than three.
     """
+    if type(batch) is tuple and len(batch) == 2:  # the usual case
+        return batch[0], batch[1], None
     if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence):
         return batch, None, None
     parts = len(batch)

@@ -127,6 +127,8 @@ class Loss:
         self._counted_weight = getattr(self.module, "weight", None)
         # "sum" has no denominator: windows add up, and only the report divides, by samples.
         self.adds_up = self.reduction == "sum"
+        averages: Averages = "samples" if self.built_in is None else self.built_in.averages
+        self._averages = "samples" if self.adds_up or self.reduction == "batchmean" else averages
         self._items: Callable[..., Tensor] | None = _item_losses(self.call if self.module is None else self.module)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -244,27 +246,24 @@ class Loss:
         return fit_elements(output, target, self.built_in.function.__name__)
 
     def _weight(self, output: Tensor, target: Tensor, size: int, host_target: Any) -> Weight:
-        assert self.built_in is not None
-        if self.adds_up or self.built_in.averages == "samples" or self.reduction == "batchmean":
-            return size
-        if self.built_in.averages == "elements":
-            return output.numel()
-        if target.is_floating_point():
+        if self._averages == "targets":
+            if not target.is_floating_point():
+                return self._count(target if host_target is None or not host_target.is_cpu else host_target)
             return target.numel() // target.shape[1] if target.dim() > 1 else 1
-        return self._count(host_target if isinstance(host_target, Tensor) and host_target.is_cpu else target)
+        return size if self._averages == "samples" else output.numel()
 
     def _count(self, target: Tensor) -> Weight:
         """The number of targets that are not ignored, or the sum of their class weights."""
-        assert isinstance(self.module, (nn.CrossEntropyLoss, nn.NLLLoss))  # the losses that average over targets
-        ignored = self.module.ignore_index
-        if self._is_users and self.module.weight is not self._counted_weight:
-            self._class_weights = _on_host(self.module)
-            self._counted_weight = self.module.weight
+        module: Any = self.module  # of the losses that average over targets
+        ignored: int = module.ignore_index
+        if self._is_users and module.weight is not self._counted_weight:
+            self._class_weights = _on_host(module)
+            self._counted_weight = module.weight
         if not target.is_cpu:
             kept = target != ignored
             if self._class_weights is None:
                 return kept.sum()
-            return (self.module.weight[target.clamp(min=0)] * kept).sum()  # type: ignore[index]
+            return (module.weight[target.clamp(min=0)] * kept).sum()  # type: ignore[no-any-return]
         # What is on the host is counted without asking torch for a number: a short list as it is, the rest by NumPy.
         if self._class_weights is None and target.dim() == 1 and target.shape[0] <= SHORT:
             return target.shape[0] - target.tolist().count(ignored)

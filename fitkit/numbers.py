@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,15 +27,9 @@ from fitkit.windows import weighted_sum
 WAITING = 64
 
 
-class Waiting(NamedTuple):
-    """What a batch leaves for later: nothing that the module, the step or a loader may still write into."""
-
-    loss: Tensor
-    weight: float | Tensor
-    batch: int
-    outputs: list[Tensor]
-    targets: list[Any]
-    sample_weights: list[Tensor | None] | None
+# What a batch leaves for later: loss and weight, its index; where there are metrics output, target and sample weights.
+# The module, the step and a loader write into none of it any more.
+Waiting = tuple[Tensor, float | Tensor, int, Tensor | None, Any, Any]
 
 
 @dataclass
@@ -84,9 +78,10 @@ class Numbers:
     def __post_init__(self) -> None:
         # Nothing can be refused in a batch that is like the one before, where torch's loss and metrics by name see it.
         self._may_wait = self.makes_losses and self.several is None and self.metrics.are_by_name
+        self._measures = bool(self.metrics.names)
         self._waiting: list[Waiting] = []
-        # How batches look that may wait, and how many of them.
-        self._like: object = None
+        # The shape of the outputs that may wait, which tells that of the targets, and how many of them.
+        self._like: torch.Size | None = None
         self._most = 0
 
     def reset(self) -> None:
@@ -134,10 +129,19 @@ class Numbers:
             index: of the batch in the epoch.
             batch: itself; of the first one the size is looked at.
         """
-        (loss, weight, _), outputs, targets = outcome.parts[0], outcome.outputs, outcome.targets
-        if self._may_wait and (outputs[0].shape, targets[0].shape, targets[0].dtype) == self._like:
-            self.last = loss.detach()
-            self._waiting.append(self._laid_aside(self.last, weight, index, outcome))
+        loss, weight, _ = outcome.parts[0]
+        if self._like is not None and outcome.outputs[0].shape == self._like:
+            self.last = loss = loss.detach()
+            output = target = weights = None
+            if self._measures:
+                output, target, weights = (
+                    outcome.outputs[0].detach().clone(),
+                    outcome.targets[0],
+                    outcome.sample_weights,
+                )
+                if not self.owns_targets:
+                    target, weights = target.clone(), copied(weights)
+            self._waiting.append((loss, weight, index, output, target, weights))
             if len(self._waiting) >= self._most:
                 self._settle()
             return
@@ -157,25 +161,17 @@ class Numbers:
             self._add_to_metrics(outcome)
         if self._may_wait:
             self._most = min(WAITING, self.metrics.room)
-            self._like = (outputs[0].shape, targets[0].shape, targets[0].dtype) if self._most > 1 else None
-
-    def _laid_aside(self, loss: Tensor, weight: float | Tensor, index: int, outcome: Outcome) -> Waiting:
-        if not self.metrics.names:
-            return Waiting(loss, weight, index, [], [], None)
-        output = outcome.outputs[0].detach().clone()
-        if self.owns_targets:
-            return Waiting(loss, weight, index, [output], outcome.targets, outcome.sample_weights)
-        return Waiting(loss, weight, index, [output], copied(outcome.targets), copied(outcome.sample_weights))
+            self._like = outcome.outputs[0].shape if self._most > 1 else None
 
     def _settle(self) -> None:
         """Takes in what waits, in its order; sums are the same as if it had not waited."""
         if not self._waiting:
             return
         add, update = self.tally.mean("loss", adds_up=self.adds_up).add, self.metrics.update
-        for loss, weight, index, outputs, targets, sample_weights in self._waiting:
+        for loss, weight, index, output, target, sample_weights in self._waiting:
             add(loss, weight, index)
-            if outputs:
-                update(outputs, targets, sample_weights, are_kept=True)
+            if output is not None:
+                update([output], [target], sample_weights, are_kept=True)
         self._waiting.clear()
 
     def _add_several(self, losses: OutputLosses, outcome: Outcome, index: int) -> None:

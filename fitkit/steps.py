@@ -147,9 +147,11 @@ class TrainStep:
     def _open_window(self, index: int, parts: int) -> None:
         if not self._by_hand:
             self._clear_gradients()
-        left = self._batches_per_step if self._length is None else self._length - index
+        batches = self._batches_per_step
         # Data that gives more batches than it said goes on in whole windows.
-        self._window.open(min(self._batches_per_step, left) if left > 0 else self._batches_per_step, parts)
+        if self._length is not None and 0 < self._length - index < batches:
+            batches = self._length - index
+        self._window.open(batches, parts)
         if self.together is not None:
             self.together.open()
 
@@ -280,7 +282,7 @@ class TrainStep:
             return
         if optimizer is None:
             raise ValueError("Expected a module with something to train, received one without trainable parameters.")
-        if self.together is None:
+        if self.together is None and not window.is_whole:
             window.close(self._held)
         if scaler is not None:
             scaler.unscale_(optimizer)

@@ -73,9 +73,10 @@ class Window:
             batches: how many complete it.
             parts: micro-batches that each of them is expected to come in.
         """
-        self._begin(batches * parts)
         self.is_complete = False
         self._batches_left = batches
+        if not (self.is_whole and batches == parts == 1):  # otherwise the usual case, one like the one before
+            self._begin(batches * parts)
 
     def _begin(self, size: int) -> None:
         self.size = size
