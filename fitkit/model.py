@@ -18,21 +18,14 @@ from torch import Tensor, nn
 from fitkit import loop
 from fitkit.batch import join, unpack
 from fitkit.callbacks import (
-    BackupAndRestore,
     Callback,
     EarlyStopping,
-    ModelCheckpoint,
-    ProgressBar,
-    SwapEMAWeights,
 )
-from fitkit.callbacks.display import resolve_verbose
-from fitkit.callbacks.hooks import HookTable, check_callbacks, implemented_hooks
-from fitkit.callbacks.monitor import MonitorCallback
+from fitkit.callbacks.hooks import HookTable, check_callbacks
 from fitkit.checkpoints import load_weights, save_state, save_weights
-from fitkit.computation import ClassWeight, Compiled, total_loss
-from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches, kept_generators
-from fitkit.data.shares import SharedBatches
-from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device, room_for_data
+from fitkit.computation import Compiled, UserStep, total_loss
+from fitkit.data import EpochPlan, as_batches, kept_generators
+from fitkit.device import kept_modes, kept_random_state, resolve_device
 from fitkit.distributed import (
     Processes,
     by_first,
@@ -44,17 +37,19 @@ from fitkit.distributed import (
     share_tensors,
     together,
 )
-from fitkit.errors import check_choice, check_flag, check_integer, check_number, show
-from fitkit.flags import MAX_NB_EPOCHS, FitArguments, TrainingFlags
-from fitkit.gradients import kept_gradients, norm_names
+from fitkit.epoch_plans import plan_for_pass
+from fitkit.errors import check_choice, check_flag, check_integer, show
+from fitkit.flags import MAX_NB_EPOCHS, FitArguments
+from fitkit.gradients import kept_gradients
 from fitkit.history import History
 from fitkit.learning_rate_finder import LearningRateCurve, RangeTest, undone
 from fitkit.metrics import CompiledMetrics
-from fitkit.microbatches import FittingParts, report_size, split_by
+from fitkit.microbatches import report_size
 from fitkit.optimization import OptimizerArgument, follow_parameters, make_optimizer
 from fitkit.output_losses import OutputLosses
-from fitkit.shared_steps import Agreement, SharedStep, joined_outputs, taking_shares
-from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
+from fitkit.preparation import OwnSteps, Preparation
+from fitkit.shared_steps import SharedStep, joined_outputs
+from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters
 from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
 from fitkit.training_state import Progress, load_model, model_state, read_training_state
 
@@ -162,7 +157,7 @@ class Model:
         check_choice("precision", precision, PRECISIONS)
         check_flag("jit_compile", jit_compile)
         check_flag("channels_last", channels_last)
-        if jit_compile and any(map(self._overridden, ("training_step", "validation_step", "predict_step"))):
+        if jit_compile and self._own_steps.are_any:
             raise ValueError(
                 "jit_compile=True does not reach a step of your own, which calls self.module. Call "
                 "model.module.compile() instead."
@@ -205,7 +200,7 @@ class Model:
         compiled = self._require_compiled()
         names = [] if compiled.losses is None or compiled.losses.names is None else compiled.losses.names
         active = [] if compiled.losses is None else compiled.losses.active
-        own_step = self._overridden("validation_step") is not None
+        own_step = self._own_steps.validation is not None
         per_output = [f"{names[position]}_loss" for position in active] if names and not own_step else []
         return ["loss", *per_output, *compiled.metrics.names]
 
@@ -301,7 +296,7 @@ class Model:
         """
         if self._progress is not None:
             raise ValueError("fit(...) was called from within a fit of the same Model. Use train_on_batch there.")
-        run = self._prepare(
+        run = self._preparation().fit_run(
             FitArguments(
                 data,
                 y,
@@ -340,52 +335,6 @@ class Model:
             loop.fit(run)
         return self.history
 
-    def _prepare(self, given: FitArguments, *, introduces: bool = True) -> loop.FitRun:
-        """A run with all of its arguments checked; what is trained, and what draws or reads data, is as it was.
-
-        Args:
-            given: the arguments of `fit`.
-            introduces: whether callbacks are told of the model and the run; they need it before their first hook.
-        """
-        compiled = self._require_compiled()
-        flags = given.flags()
-        batching = self._batching(
-            given.batch_size, given.shuffle, training=True, loader_options=given.dataloader_options
-        )
-        validating = self._validation_batching(batching, given.validation_batch_size)
-        training, held_out = as_split_batches(
-            given.data, given.y, given.sample_weight, batching, given.validation_split, validating.batch_size
-        )
-        held_out = _validation_batches(given.validation_data, held_out, validating, given.validation_split)
-        training, held_out = self._kept_on_device(training, held_out)
-        processes = processes_of(self._strategy)
-        class_weight = self._class_weight(given.class_weight, given.sample_weight)
-        step = self._train_step(flags, training, class_weight, processes)
-        batches = _training_plan(training, flags, self.device, processes)
-        level = _verbose(given.verbose, processes)
-        validation_plan = _validation_plan(held_out, flags, given.validation_batch_size, self.device, processes)
-        measured = held_out is not None and any(map(flags.validates, range(flags.initial_epoch, flags.last_epoch)))
-        chosen = self._callbacks(given.callbacks, given.early_stop_callback, flags, validates=measured)
-        _check_last_files(chosen)
-        self._check_monitors(chosen, flags, validates=measured)
-        self._check_steps(validates=held_out is not None)
-        self._check_parts(training, "data", given.class_weight)
-        self._check_parts(held_out, "validation_data")
-
-        history = History()
-        history.params = _params(flags, batches, validation_plan, level)
-        hooks = self._hooks(chosen, history.params, history, introduces=introduces)
-        parts = split_by(flags, step)
-        facts = _facts(flags, batches, validation_plan, given.class_weight, compiled)
-        facts["sample_weight"] = None if training.parts is None else training.parts == 3
-        sizes = parts if isinstance(parts, FittingParts) else None
-        noted = type(self) is not Model or not all(isinstance(each, EarlyStopping) for each in chosen)
-        progress = Progress(self, compiled, flags, facts, step, sizes, batches, validation_plan, chosen, hooks, noted)
-        progress.saved = self._saved_state(given.resume_from, chosen, progress)
-        validation = validation_plan and self._test_run(held_out, validation_plan, hooks, processes)
-        take_batch = taking_shares(parts, step)
-        return loop.FitRun(self, step, batches, hooks, flags, take_batch, validation, chosen, progress, history)
-
     def plan(self, data: Any, y: Any = None, **fit_arguments: Any) -> Plan:
         """What `fit` would do with these arguments, as a table: it trains nothing and changes nothing.
 
@@ -409,7 +358,7 @@ class Model:
 
         given = FitArguments.of(Model.fit, data, y, fit_arguments)
         with kept_random_state(self.device), kept_generators(data, given.validation_data):
-            return make_plan(self._prepare(given, introduces=False), self._require_compiled())
+            return make_plan(self._preparation().fit_run(given, introduces=False), self._require_compiled())
 
     def to_script(self, path: str | os.PathLike[str], **fit_arguments: Any) -> None:
         """Writes the run that `fit` would be as one short plain PyTorch script, which needs no fitkit.
@@ -436,7 +385,7 @@ class Model:
         given = FitArguments.of(Model.fit, fit_arguments["data"], fit_arguments.get("y"), rest)
         state = torch.get_rng_state()
         with kept_random_state(self.device), kept_generators(given.data, given.validation_data):
-            run = self._prepare(given, introduces=False)
+            run = self._preparation().fit_run(given, introduces=False)
             torch.set_rng_state(state)
             write_script(path, run, self._require_compiled(), given)
 
@@ -473,23 +422,22 @@ class Model:
             ValueError: arguments out of range or in conflict, or data that does not fit.
             TypeError: arguments of a wrong type.
         """
-        self._require_compiled()
+        prepared = self._preparation()
         check_flag("return_dict", return_dict)
-        self._check_steps(validates=True)
-        batching = self._batching(batch_size, None, training=False, loader_options=dataloader_options)
+        prepared.check_steps(validates=True)
+        batching = prepared.batching(batch_size, loader_options=dataloader_options)
         batches = as_batches(data, y, sample_weight, batching)
-        self._check_parts(batches, "data")
-        if batch_size is None and steps is None and self._may_enlarge("validation_step", callbacks):
+        prepared.check_parts(batches, "data")
+        if batch_size is None and steps is None and not callbacks and prepared.may_enlarge_tests:
             batches = batches.in_large_batches()
-        processes = processes_of(self._strategy)
-        plan = _plan(batches, steps, self.device, processes)
+        plan = plan_for_pass(batches, steps, self.device, prepared.processes)
         with (
-            self._together(processes),
-            self._listeners(callbacks, verbose, plan) as hooks,
+            self._together(prepared.processes),
+            self._listeners(prepared, callbacks, verbose, plan) as hooks,
             self._undisturbed(),
             loop.reported_errors(hooks),
         ):
-            logs = loop.evaluate(self._test_run(batches, plan, hooks, processes))
+            logs = loop.evaluate(prepared.test_run(plan, hooks))
         return self._returned(logs, return_dict)
 
     def predict(
@@ -521,17 +469,17 @@ class Model:
             ValueError: arguments out of range or in conflict, or data that does not fit.
             TypeError: arguments of a wrong type.
         """
-        batching = self._batching(batch_size, None, training=False, loader_options=dataloader_options)
+        prepared = self._preparation(for_prediction=True)
+        batching = prepared.batching(batch_size, loader_options=dataloader_options)
         batches = as_batches(data, None, None, batching)
-        if batch_size is None and steps is None and self._may_enlarge("predict_step", callbacks):
+        if batch_size is None and steps is None and not callbacks and prepared.own.prediction is None:
             batches = batches.in_large_batches()
-        processes = processes_of(self._strategy)
-        plan = _plan(batches, steps, self.device, processes)
-        step = PredictStep(self._for_prediction(), self._overridden("predict_step"))
-        shared = None if processes is None else SharedStep(step, step)
+        plan = plan_for_pass(batches, steps, self.device, prepared.processes)
+        step = PredictStep(prepared.compiled, prepared.own.prediction)
+        shared = None if prepared.processes is None else SharedStep(step, step)
         with (
-            self._together(processes),
-            self._listeners(callbacks, verbose, plan) as hooks,
+            self._together(prepared.processes),
+            self._listeners(prepared, callbacks, verbose, plan) as hooks,
             self._undisturbed(),
             loop.reported_errors(hooks),
         ):
@@ -582,9 +530,9 @@ class Model:
             ValueError: arguments out of range or in conflict, or data that does not fit or gives too few batches.
             TypeError: arguments of a wrong type.
         """
-        compiled = self._require_compiled()
+        prepared = self._preparation()
         test = RangeTest(start, end, steps)
-        processes = processes_of(self._strategy)
+        processes = prepared.processes
         if processes is not None and processes.world > 1:
             raise ValueError(
                 f"find_learning_rate(...) works in one process, received {processes.world}. Call it in a script that "
@@ -592,12 +540,12 @@ class Model:
             )
         if self._progress is not None:
             raise ValueError("find_learning_rate(...) was called from within a fit of the same Model. Call it before.")
-        batches = as_batches(data, y, sample_weight, self._batching(batch_size, None, training=True))
+        batches = as_batches(data, y, sample_weight, prepared.batching(batch_size, training=True))
         # An epoch has one batch at least; the test ends the run by itself.
         epochs = -(-steps // (batches.length or 1)) if batches.again else 1
         history, stop_training, latest_input = self.history, self.stop_training, self._latest_input
         try:
-            with undone(compiled, data):
+            with undone(prepared.compiled, data):
                 self.fit(
                     data,
                     y,
@@ -646,9 +594,10 @@ class Model:
             TypeError: arguments of a wrong type.
         """
         check_flag("return_dict", return_dict)
-        compiled = self._require_compiled()
-        step = TrainStep(compiled, self._overridden("training_step"), self._class_weight(class_weight, sample_weight))
-        batch = self._one_batch(_whole(x, y, compiled), y, sample_weight)
+        prepared = self._preparation()
+        compiled = prepared.compiled
+        step = TrainStep(compiled, prepared.own.training, prepared.class_weight(class_weight, sample_weight))
+        batch = _one_batch(prepared, _whole(x, y, compiled), y, sample_weight)
         with self._alike(), kept_modes(self.module), kept_gradients(held_parameters(compiled)):
             if not self.module.training:
                 self.module.train()
@@ -675,10 +624,10 @@ class Model:
             TypeError: arguments of a wrong type.
         """
         check_flag("return_dict", return_dict)
-        compiled = self._require_compiled()
-        self._check_steps(validates=True)
-        step = self._test_step(compiled)
-        batch = self._one_batch(_whole(x, y, compiled), y, sample_weight)
+        prepared = self._preparation()
+        prepared.check_steps(validates=True)
+        step = TestStep(prepared.compiled, prepared.own.validation)
+        batch = _one_batch(prepared, _whole(x, y, prepared.compiled), y, sample_weight)
         with self._alike(), self._undisturbed(), kept_modes(self.module):
             self.module.eval()
             step(batch, 0)
@@ -695,8 +644,9 @@ class Model:
             ValueError: data that does not fit.
             TypeError: data of a wrong type.
         """
-        step = PredictStep(self._for_prediction(), self._overridden("predict_step"))
-        batch = self._one_batch(x, None, None)
+        prepared = self._preparation(for_prediction=True)
+        step = PredictStep(prepared.compiled, prepared.own.prediction)
+        batch = _one_batch(prepared, x, None, None)
         with self._alike(), self._undisturbed(), kept_modes(self.module):
             self.module.eval()
             step(batch, 0)
@@ -742,7 +692,7 @@ class Model:
         Returns:
             Tensors, batch first, or nests of them.
         """
-        step = PredictStep(self._for_prediction())
+        step = PredictStep(self._preparation(for_prediction=True).compiled)
         step(batch, batch_idx)
         return step.outputs[0]
 
@@ -763,7 +713,8 @@ class Model:
         check_integer("depth", depth, least=1)
         check_is_no_shape(input_data)
         if input_data is not None:
-            print_fn(summarize(self.module, unpack(self._one_batch(input_data, None, None))[0], depth=depth))
+            batch = _one_batch(self._preparation(for_prediction=True), input_data, None, None)
+            print_fn(summarize(self.module, unpack(batch)[0], depth=depth))
         elif self._latest_input is None:
             print_fn(summarize(self.module, depth=depth))
         else:
@@ -837,200 +788,22 @@ class Model:
             raise ValueError("Expected a compiled model. Call model.compile(optimizer=..., loss=...) first.")
         return self._compiled
 
-    def _for_prediction(self) -> Compiled:
-        """What was compiled, or, since predict needs no compile, the module as it is."""
-        if self._compiled is not None:
-            return self._compiled
-        nothing = CompiledMetrics(None, None, output_names=None)
-        return Compiled(self.module, self.module, None, nothing, "32-true", self.device)
-
-    def _overridden(self, name: str) -> Callable[[Any, int], Any] | None:
-        """The user's own step; None where it is the one of this class."""
-        step: Callable[[Any, int], Any] = getattr(self, name)
-        return None if getattr(step, "__func__", None) is getattr(Model, name) else step
-
-    def _test_step(
-        self, compiled: Compiled, batches: Batches | None = None, processes: Processes | None = None
-    ) -> TestStep:
-        owned, shared = batches is not None and batches.owned, processes is not None
-        return TestStep(compiled, self._overridden("validation_step"), owns_batches=owned, is_shared=shared)
-
-    def _train_step(
-        self, flags: TrainingFlags, data: Batches, class_weight: ClassWeight | None, processes: Processes | None
-    ) -> TrainStep:
-        return TrainStep(
-            self._require_compiled(),
-            self._overridden("training_step"),
-            class_weight,
-            gradient_clip_val=flags.gradient_clip_val,
-            norm_order=float(flags.track_grad_norm),
-            owns_batches=data.owned,
-            processes=processes,
+    @property
+    def _own_steps(self) -> OwnSteps:
+        return OwnSteps(
+            _overridden(self, "training_step"),
+            _overridden(self, "validation_step"),
+            _overridden(self, "predict_step"),
+            is_subclass=type(self) is not Model,
         )
 
-    def _test_run(
-        self, data: Batches | None, plan: EpochPlan, hooks: HookTable, processes: Processes | None
-    ) -> loop.TestRun:
-        step = self._test_step(self._require_compiled(), data, processes)
-        return loop.TestRun(self, step, plan, hooks, step if processes is None else SharedStep(step, step))
-
-    def _check_steps(self, *, validates: bool) -> None:
-        needs_loss = self._require_compiled().losses is None and self._overridden("training_step") is not None
-        if validates and needs_loss and self._overridden("validation_step") is None:
-            raise ValueError(
-                "Expected a loss for validation, since training_step is overridden and compile was given loss=None. "
-                "Override validation_step as well, or pass compile(loss=...)."
-            )
-
-    def _check_parts(self, batches: Batches | None, argument: str, class_weight: Any = None) -> None:
-        """Refuses what the data's parts (x, y, sample_weight) tell before the first batch."""
-        if batches is None or batches.parts is None:
-            return
-        if batches.parts == 3 and class_weight is not None:
-            raise ValueError(
-                "class_weight=... and sample_weight=... exclude each other. Multiply them into one of them."
-            )
-        step = "training_step" if argument == "data" else "validation_step"
-        if batches.parts == 1 and self._require_compiled().losses is not None and self._overridden(step) is None:
-            raise ValueError(
-                f"Expected targets since compile was given a loss, received {argument} of x alone. Pass y, or "
-                f"compile(loss=None) for a module that returns its loss, or override {step}."
-            )
-
-    def _batching(
-        self,
-        batch_size: int | None,
-        shuffle: bool | None,
-        *,
-        training: bool,
-        loader_options: Mapping[str, Any] | None = None,
-    ) -> Batching:
-        # Batches are made on the host, where their targets can be counted; steps take them to the device.
-        host = torch.device("cpu")
-        return Batching(batch_size, shuffle, training, module_dtype(self.module), host, loader_options=loader_options)
-
-    def _validation_batching(self, batching: Batching, validation_batch_size: int | None) -> Batching:
-        return replace(
-            batching,
-            batch_size=validation_batch_size,
-            shuffle=None,
-            training=False,
-            argument="validation_data",
-            batch_size_argument="validation_batch_size",
-            default_size=batching.size,
-        )
-
-    def _kept_on_device(self, training: Batches, held_out: Batches | None) -> tuple[Batches, Batches | None]:
-        """What is trained and validated on, on the device where there is room for it."""
-        room = room_for_data(self.device) // 2
-        return training.kept_on(self.device, room), None if held_out is None else held_out.kept_on(self.device, room)
-
-    def _class_weight(self, class_weight: Any, sample_weight: Any) -> ClassWeight | None:
-        if class_weight is None:
-            return None
-        if sample_weight is not None:
-            raise ValueError(
-                "class_weight=... and sample_weight=... exclude each other. Multiply them into one of them."
-            )
-        if not isinstance(class_weight, Mapping) or not class_weight:
-            raise TypeError(f"Expected {{class: weight}}, received class_weight={show(class_weight)}.")
-        compiled = self._require_compiled()
-        if self._overridden("training_step") is not None or compiled.losses is None or compiled.losses.names:
-            raise ValueError(
-                "class_weight=... needs one compiled loss over one output. With several outputs, a training_step of "
-                "your own or a loss that the module returns, pass sample weights with the data."
-            )
-        weights = {
-            check_integer("class_weight's class", key, least=0): check_number(
-                f"class_weight[{key!r}]", value, least=0.0
-            )
-            for key, value in class_weight.items()
-        }
-        if compiled.losses.meanings[0].scale == "values":
-            raise ValueError(
-                "class_weight=... needs a loss over classes, received one over values. Pass sample_weight."
-            )
-        return ClassWeight(weights, self.device, one_of_many=compiled.losses.meanings[0].classes)
-
-    def _callbacks(
-        self, callbacks: Any, early_stop_callback: Any, flags: TrainingFlags, *, validates: bool
-    ) -> list[Callback]:
-        chosen = check_callbacks(callbacks)
-        if early_stop_callback is not None:
-            if not isinstance(early_stop_callback, EarlyStopping):
-                raise TypeError(f"Expected an EarlyStopping, received early_stop_callback={show(early_stop_callback)}.")
-            if early_stop_callback not in chosen:
-                chosen.append(early_stop_callback)
-        elif flags.default_stop:
-            chosen.append(EarlyStopping("val_loss" if validates else "loss", patience=3, mode="min"))
-        if not flags.enable_early_stop:
-            chosen = [callback for callback in chosen if not isinstance(callback, EarlyStopping)]
-        _check_kept_weights(chosen)
-        return chosen
-
-    def _check_monitors(self, callbacks: Sequence[Callback], flags: TrainingFlags, *, validates: bool) -> None:
-        known = list(self.metrics_names)
-        if validates:
-            known += [f"val_{name}" for name in self.metrics_names]
-        if flags.track_grad_norm != -1:
-            known += norm_names(self.module, trained_parameters(self._require_compiled()), float(flags.track_grad_norm))
-        own_steps = any(self._overridden(name) for name in ("training_step", "validation_step"))
-        adding = [callback for callback in callbacks if callback.adds_to_logs is None]
-        may_be_added = own_steps or any(
-            {"on_epoch_end", "on_test_end"} & set(implemented_hooks(callback)) for callback in adding
-        )
-        for callback in callbacks:
-            if isinstance(callback, MonitorCallback):
-                callback.check_monitor(known, may_be_added)
-            # What one adds, those after it can watch.
-            known += callback.adds_to_logs or ()
-
-    def _hooks(
-        self, callbacks: Sequence[Callback], params: dict[str, Any], *more: Any, introduces: bool = True
-    ) -> HookTable:
-        """Introduces the callbacks to the model, and lists who answers which hook."""
-        listeners = list(callbacks)
-        bars = []
-        if params["verbose"] and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            bars.append(ProgressBar())
-        for callback in [*listeners, *bars] if introduces else []:
-            callback.set_model(self)
-            callback.set_params(params)
-        processes = processes_of(self._strategy)
-        if processes is None:
-            return HookTable([*listeners, *more, *bars])
-        agreement = Agreement(self, at_batches=self._may_stop_at_batches(listeners))
-        called = [each for each in listeners if processes.rank == 0 or not each.only_on_rank_0]
-        return HookTable([*called, *more, *bars, agreement])
-
-    def _may_stop_at_batches(self, callbacks: Sequence[Callback]) -> bool:
-        """Whether anything might set stop_training between two batches: a callback that hears of them, or a step."""
-        hooks = {"on_train_batch_begin", "on_train_batch_end"}
-        hear = any(hooks & set(implemented_hooks(each)) for each in callbacks if not each.only_on_rank_0)
-        return hear or self._overridden("training_step") is not None
-
-    def _may_enlarge(self, step: str, callbacks: Any) -> bool:
-        """Whether nothing would notice batches of another size: no step or callback of the user's, no function."""
-        if callbacks or self._overridden(step) is not None:
-            return False
-        losses, metrics = (None, None) if self._compiled is None else (self._compiled.losses, self._compiled.metrics)
-        if step == "predict_step":
-            return True
-        return losses is not None and losses.are_means_over_data and metrics is not None and metrics.are_means_over_data
-
-    def _saved_state(self, resume_from: Any, callbacks: Sequence[Callback], progress: Progress) -> Any:
-        """The state to go on from and its path, checked; None for a run from the beginning."""
-        path = resume_from
-        for callback in callbacks:
-            if isinstance(callback, BackupAndRestore):
-                path = callback.find() or path
-        if path is None:
-            return None
-        if isinstance(path, bool) or not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"Expected a path, received resume_from={show(path)}.")
-        state = read_training_state(path)
-        progress.check(state, path)
-        return state, path
+    def _preparation(self, *, for_prediction: bool = False) -> Preparation:
+        """What makes runs of the Model as it is now; a prediction needs no compile and takes the module as it is."""
+        compiled = self._compiled if for_prediction else self._require_compiled()
+        if compiled is None:
+            nothing = CompiledMetrics(None, None, output_names=None)
+            compiled = Compiled(self.module, self.module, None, nothing, "32-true", self.device)
+        return Preparation(self, compiled, self._own_steps, processes_of(self._strategy))
 
     @contextmanager
     def _fitting(self, progress: Progress, parts: object, history: History) -> Iterator[None]:
@@ -1054,13 +827,14 @@ class Model:
             report_size(parts, self.history.params)
 
     @contextmanager
-    def _listeners(self, callbacks: Any, verbose: int | str, plan: EpochPlan) -> Iterator[HookTable]:
+    def _listeners(
+        self, prepared: Preparation, callbacks: Any, verbose: int | str, plan: EpochPlan
+    ) -> Iterator[HookTable]:
         """The hooks of an evaluation or a prediction; callbacks of a fit around it keep the parameters of the fit."""
         chosen = check_callbacks(callbacks)
         before = [(callback, callback.params) for callback in chosen]
         try:
-            level = _verbose(verbose, processes_of(self._strategy))
-            yield self._hooks(chosen, {"steps": plan.length, "verbose": level})
+            yield prepared.hooks(chosen, {"steps": plan.length, "verbose": prepared.verbose_level(verbose)})
         finally:
             for callback, params in before:
                 callback.set_params(params)
@@ -1095,19 +869,25 @@ class Model:
             return self._progress.beside()
         return kept_random_state(self.device) if loop.is_fitting() else nullcontext()
 
-    def _one_batch(self, x: Any, y: Any, sample_weight: Any) -> Any:
-        """Arrays as one batch of tensors; any other batch object as it is."""
-        if y is None and not isinstance(x, (Tensor, tuple, list, Mapping)) and not hasattr(x, "__array__"):
-            return x
-        batching = replace(self._batching(None, None, training=False), whole=True)
-        iterator: Iterator[Any] = iter(as_batches(x, y, sample_weight, batching))
-        return next(iterator)
-
     def _returned(self, logs: dict[str, float], return_dict: bool) -> float | list[float] | dict[str, float]:
         if return_dict:
             return logs
         numbers = [logs[name] for name in self.metrics_names if name in logs]
         return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _overridden(model: Model, name: str) -> UserStep | None:
+    """A step of the user's own; None where it is the one of Model."""
+    step: UserStep = getattr(model, name)
+    return None if getattr(step, "__func__", None) is getattr(Model, name) else step
+
+
+def _one_batch(prepared: Preparation, x: Any, y: Any, sample_weight: Any) -> Any:
+    """Arrays as one batch of tensors; any other batch object as it is."""
+    if y is None and not isinstance(x, (Tensor, tuple, list, Mapping)) and not hasattr(x, "__array__"):
+        return x
+    iterator: Iterator[Any] = iter(as_batches(x, y, sample_weight, replace(prepared.batching(None), whole=True)))
+    return next(iterator)
 
 
 def _whole(x: Any, y: Any, compiled: Compiled) -> Any:
@@ -1125,160 +905,5 @@ def _joined(outputs: list[Any]) -> Any:
     return joined
 
 
-def _check_kept_weights(callbacks: Sequence[Callback]) -> None:
-    """Refuses to keep the weights that are trained for the numbers of their average, which is what was validated."""
-    for index, callback in enumerate(callbacks):
-        if not (
-            isinstance(callback, EarlyStopping)
-            and callback.restore_best_weights
-            and callback.monitor.startswith("val_")
-        ):
-            continue
-        before = [each for each in callbacks[:index] if isinstance(each, SwapEMAWeights)]
-        averaging = [each for each in (*callbacks, *_called(callbacks)) if isinstance(each, SwapEMAWeights)]
-        if averaging and not any(each.swap_on_epoch for each in before):
-            raise ValueError(
-                f"EarlyStopping(monitor={callback.monitor!r}, restore_best_weights=True) would restore weights that "
-                "were never validated: the validation is that of the average which SwapEMAWeights keeps. Let it have "
-                "that: callbacks=[SwapEMAWeights(swap_on_epoch=True), EarlyStopping(...)], in this order."
-            )
-
-
-def _called(callbacks: Sequence[Callback]) -> list[Callback]:
-    return [called for callback in callbacks for called in callback.calls]
-
-
 def _nothing() -> None:
     """There was no fit yet."""
-
-
-def _params(flags: TrainingFlags, batches: EpochPlan, validation: EpochPlan | None, verbose: int) -> dict[str, Any]:
-    """The facts about a fit that callbacks are told."""
-    return {
-        "epochs": flags.last_epoch,
-        "initial_epoch": flags.initial_epoch,
-        "steps": batches.length,
-        "validation_steps": None if validation is None else validation.length,
-        "min_nb_epochs": flags.min_nb_epochs,
-        "verbose": verbose,
-    }
-
-
-def _facts(
-    flags: TrainingFlags, batches: EpochPlan, validation: EpochPlan | None, class_weight: Any, compiled: Compiled
-) -> dict[str, Any]:
-    """What the numbers of a fit depend on, by the name that a user knows it by; a resumed run must have the same."""
-    validating = {} if validation is None else validation.facts()
-    return {
-        **batches.facts(),
-        **{f"validation data: {name}": value for name, value in validating.items()},
-        "accumulate_grad_batches": flags.accumulate_grad_batches,
-        "gradient_clip_val": float(flags.gradient_clip_val),
-        "track_grad_norm": float(flags.track_grad_norm),
-        "train_percent_check": float(flags.train_percent_check),
-        "val_percent_check": float(flags.val_percent_check),
-        "overfit_pct": float(flags.overfit_pct),
-        "class_weight": class_weight and {int(key): float(value) for key, value in class_weight.items()},
-        "precision": compiled.precision,
-        "metrics": compiled.metrics.kinds,
-        "loss": None if compiled.losses is None else compiled.losses.kinds,
-        "loss_weights": None if compiled.losses is None else [float(weight) for weight in compiled.losses.weights],
-        "validation_freq": None if validation is None else _plain_frequency(flags.validation_freq),
-    }
-
-
-def _plain_frequency(frequency: int | tuple[int, ...]) -> int | list[int]:
-    return frequency if isinstance(frequency, int) else sorted(frequency)
-
-
-def _check_last_files(callbacks: Sequence[Callback]) -> None:
-    """Refuses two callbacks that write the same file after every epoch, each over the other's."""
-    paths = [
-        os.path.abspath(each.last_path) for each in callbacks if isinstance(each, ModelCheckpoint) and each.last_path
-    ]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise ValueError(
-                f"Two ModelCheckpoint(save_last=True) would write the same file {path!r}. Give one of them a folder of "
-                "its own, or leave out its save_last."
-            )
-
-
-def _validation_batches(
-    validation_data: Any, held_out: Batches | None, batching: Batching, validation_split: float
-) -> Batches | None:
-    if validation_data is None:
-        return held_out
-    if held_out is not None:
-        raise ValueError(f"{validation_split=} and validation_data=... exclude each other. Pass one of them.")
-    return as_batches(validation_data, None, None, batching)
-
-
-def _verbose(verbose: int | str, processes: Processes | None) -> int:
-    """What verbose means here: of several processes only rank 0 shows something."""
-    level = resolve_verbose(verbose)
-    return level if processes is None or processes.rank == 0 else 0
-
-
-def _shared(batches: Batches, processes: Processes | None, device: torch.device, *, training: bool = False) -> Batches:
-    return batches if processes is None else SharedBatches(batches, processes, device, training=training)
-
-
-def _plan(batches: Batches, steps: int | None, device: torch.device, processes: Processes | None) -> EpochPlan:
-    if steps is not None:
-        check_integer("steps", steps, least=1)
-    return EpochPlan(_shared(batches, processes, device), steps, "data", "steps")
-
-
-def _training_plan(
-    batches: Batches, flags: TrainingFlags, device: torch.device, processes: Processes | None
-) -> EpochPlan:
-    fraction, name = flags.train_percent_check, "train_percent_check"
-    if flags.overfit_pct:
-        fraction, name = flags.overfit_pct, "overfit_pct"
-        batches = batches.in_order()
-    limit = _limit(batches, flags.steps_per_epoch, fraction, name, "steps_per_epoch")
-    shared = _shared(batches, processes, device, training=True)
-    plan = EpochPlan(shared, limit, "data", "steps_per_epoch", device=device)
-    plan.check_epochs(flags.last_epoch - flags.initial_epoch)
-    return plan
-
-
-def _validation_plan(
-    batches: Batches | None,
-    flags: TrainingFlags,
-    batch_size: int | None,
-    device: torch.device,
-    processes: Processes | None,
-) -> EpochPlan | None:
-    if batches is None:
-        for name, value in (("validation_steps", flags.validation_steps), ("validation_batch_size", batch_size)):
-            if value is not None:
-                raise ValueError(f"{name}={value} needs validation_data=... or validation_split=...")
-        return None
-    fraction, name = flags.val_percent_check, "val_percent_check"
-    if flags.overfit_pct:
-        fraction, name = flags.overfit_pct, "overfit_pct"
-        batches = batches.in_order()
-    limit = _limit(batches, flags.validation_steps, fraction, name, "validation_steps")
-    shared = _shared(batches, processes, device)
-    plan = EpochPlan(shared, limit, "validation_data", "validation_steps", anew=True)
-    if not batches.again:
-        plan.check_epochs(sum(map(flags.validates, range(flags.initial_epoch, flags.last_epoch))))
-    return plan
-
-
-def _limit(batches: Batches, steps: int | None, fraction: float, name: str, steps_name: str) -> int | None:
-    """Batches in an epoch by count or by fraction; None is all."""
-    whole = fraction == 1.0 and name != "overfit_pct"
-    if steps is not None:
-        if not whole:
-            raise ValueError(f"{steps_name}={steps} and {name}={fraction} exclude each other. Pass one of them.")
-        return steps
-    if fraction == 1.0:
-        return None
-    if batches.length is None:
-        raise ValueError(
-            f"{name}={fraction} is a fraction of data that does not tell its length. Pass {steps_name}=... instead."
-        )
-    return max(1, int(batches.length * fraction))

@@ -1,6 +1,6 @@
 """What a fit would do, in numbers, before it does anything: `Model.plan` gathers it, this file counts and shows it.
 
-Nothing here trains, draws or reads a batch. What a run is made of is decided in model.py and flags.py.
+Nothing here trains, draws or reads a batch. What a run is made of is decided in preparation.py and flags.py.
 """
 
 from __future__ import annotations

@@ -34,6 +34,12 @@ from fitkit.summary import kept_buffers
 
 Self = TypeVar("Self", bound="_Estimator")
 MODULE_PREFIX = "module__"
+# The parameters that are arguments of the same name of Model.compile, and of Model.fit whatever the run.
+COMPILED = ("optimizer", "loss", "metrics", "learning_rate", "precision", "jit_compile", "channels_last")
+FITTED = (
+    *("batch_size", "validation_split", "shuffle", "enable_early_stop", "accumulate_grad_batches"),
+    *("gradient_clip_val", "micro_batch_size", "on_nonfinite", "verbose"),
+)
 
 
 class MLP(nn.Sequential):
@@ -54,71 +60,24 @@ class MLP(nn.Sequential):
 
 
 class _Estimator(BaseEstimator):
-    """What `Classifier` and `Regressor` share: parameters, training, pickling."""
+    """What `Classifier` and `Regressor` share: parameters (their constructors list them), training, pickling."""
 
-    def __init__(
-        self,
-        module: Any,
-        *,
-        loss: Any,
-        optimizer: OptimizerArgument,
-        learning_rate: float | None,
-        metrics: Any,
-        precision: str,
-        jit_compile: bool,
-        channels_last: bool,
-        device: str | torch.device,
-        batch_size: int | None,
-        epochs: int | None,
-        validation_split: float,
-        shuffle: bool | None,
-        min_nb_epochs: int,
-        max_nb_epochs: int | None,
-        early_stop_callback: EarlyStopping | None,
-        enable_early_stop: bool,
-        accumulate_grad_batches: int | Mapping[int, int],
-        gradient_clip_val: float,
-        micro_batch_size: int | str | None,
-        on_nonfinite: str,
-        callbacks: Sequence[Callback] | Callback | None,
-        warm_start: bool,
-        random_state: Any,
-        verbose: int | str,
-        module_arguments: dict[str, Any],
-    ) -> None:
-        # As scikit-learn wants it: kept as given, and checked in fit.
-        self.module = module
-        self.loss = loss
-        self.optimizer = optimizer
-        self.learning_rate = learning_rate
-        self.metrics = metrics
-        self.precision = precision
-        self.jit_compile = jit_compile
-        self.channels_last = channels_last
-        self.device = device
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.validation_split = validation_split
-        self.shuffle = shuffle
-        self.min_nb_epochs = min_nb_epochs
-        self.max_nb_epochs = max_nb_epochs
-        self.early_stop_callback = early_stop_callback
-        self.enable_early_stop = enable_early_stop
-        self.accumulate_grad_batches = accumulate_grad_batches
-        self.gradient_clip_val = gradient_clip_val
-        self.micro_batch_size = micro_batch_size
-        self.on_nonfinite = on_nonfinite
-        self.callbacks = callbacks
-        self.warm_start = warm_start
-        self.random_state = random_state
-        self.verbose = verbose
-        for name, value in module_arguments.items():
+    def _keep(self, given: Mapping[str, Any]) -> None:
+        """Keeps a constructor's arguments as they came, as scikit-learn wants it: fit is where they are checked.
+
+        Args:
+            given: the constructor's ``locals()``.
+        """
+        of_module: Mapping[str, Any] = given["module__arguments"]
+        for name, value in of_module.items():
             if not name.startswith(MODULE_PREFIX):
                 raise TypeError(
                     f"{type(self).__name__} got {name}={show(value)}, but has no such argument. Arguments of the "
                     f"module are written {MODULE_PREFIX}{name}=..."
                 )
-            setattr(self, name, value)
+        for name, value in {**given, **of_module}.items():
+            if name not in ("self", "module__arguments"):
+                setattr(self, name, value)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The parameters by name, those of the module as ``module__name``.
@@ -162,8 +121,7 @@ class _Estimator(BaseEstimator):
 
     def _compile_arguments(self) -> dict[str, Any]:
         """What a Model is compiled with by the parameters of now; that of the fit may have been another."""
-        names = ("optimizer", "loss", "metrics", "learning_rate", "precision", "jit_compile", "channels_last")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in COMPILED}
 
     def _goes_on(self) -> bool:
         return bool(self.warm_start) and hasattr(self, "model_")
@@ -197,17 +155,9 @@ class _Estimator(BaseEstimator):
                 x,
                 y,
                 sample_weight=_normalized(sample_weight),
-                batch_size=self.batch_size,
-                validation_split=self.validation_split,
-                shuffle=self.shuffle,
                 early_stop_callback=early_stop_callback,
-                enable_early_stop=self.enable_early_stop,
-                accumulate_grad_batches=self.accumulate_grad_batches,
-                gradient_clip_val=self.gradient_clip_val,
-                micro_batch_size=self.micro_batch_size,
-                on_nonfinite=self.on_nonfinite,
                 callbacks=self.callbacks_,
-                verbose=self.verbose,
+                **{name: getattr(self, name) for name in FITTED},
                 **limits,
             )
 
@@ -381,35 +331,7 @@ class Classifier(ClassifierMixin, _Estimator):
         verbose: int | str = 0,
         **module__arguments: Any,
     ) -> None:
-        super().__init__(
-            module,
-            loss=loss,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            metrics=metrics,
-            precision=precision,
-            jit_compile=jit_compile,
-            channels_last=channels_last,
-            device=device,
-            batch_size=batch_size,
-            epochs=epochs,
-            validation_split=validation_split,
-            shuffle=shuffle,
-            min_nb_epochs=min_nb_epochs,
-            max_nb_epochs=max_nb_epochs,
-            early_stop_callback=early_stop_callback,
-            enable_early_stop=enable_early_stop,
-            accumulate_grad_batches=accumulate_grad_batches,
-            gradient_clip_val=gradient_clip_val,
-            micro_batch_size=micro_batch_size,
-            on_nonfinite=on_nonfinite,
-            callbacks=callbacks,
-            warm_start=warm_start,
-            random_state=random_state,
-            verbose=verbose,
-            module_arguments=module__arguments,
-        )
-        self.class_weight = class_weight
+        self._keep(locals())
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Classifier:
         """Trains a new module, or with warm_start the one that is there.
@@ -595,34 +517,7 @@ class Regressor(RegressorMixin, _Estimator):
         verbose: int | str = 0,
         **module__arguments: Any,
     ) -> None:
-        super().__init__(
-            module,
-            loss=loss,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            metrics=metrics,
-            precision=precision,
-            jit_compile=jit_compile,
-            channels_last=channels_last,
-            device=device,
-            batch_size=batch_size,
-            epochs=epochs,
-            validation_split=validation_split,
-            shuffle=shuffle,
-            min_nb_epochs=min_nb_epochs,
-            max_nb_epochs=max_nb_epochs,
-            early_stop_callback=early_stop_callback,
-            enable_early_stop=enable_early_stop,
-            accumulate_grad_batches=accumulate_grad_batches,
-            gradient_clip_val=gradient_clip_val,
-            micro_batch_size=micro_batch_size,
-            on_nonfinite=on_nonfinite,
-            callbacks=callbacks,
-            warm_start=warm_start,
-            random_state=random_state,
-            verbose=verbose,
-            module_arguments=module__arguments,
-        )
+        self._keep(locals())
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Regressor:
         """Trains a new module, or with warm_start the one that is there.

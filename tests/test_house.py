@@ -24,6 +24,8 @@ FLOORS = [
     {"__init__"},
     {"model"},
     {"plan", "script"},
+    {"preparation"},
+    {"run_callbacks", "epoch_plans"},
     {"loop", "microbatches", "learning_rate_finder", "shared_steps"},
     {"training_state", "rehearsal"},
     {"steps", "callbacks"},

@@ -99,7 +99,7 @@ def test_a_small_view_of_a_large_output_does_not_keep_the_large_one() -> None:
         def on_train_batch_end(self, batch: int, logs: object = None) -> None:
             sizes.extend(each[3].untyped_storage().nbytes() for each in step.numbers._waiting)
 
-    import fitkit.model as house
+    import fitkit.preparation as house
 
     class Watched(house.TrainStep):  # type: ignore[misc]
         def __init__(self, *args: object, **kwargs: object) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fitkit
-import fitkit.model
+import fitkit.preparation
 from fitkit.batch import Placed, split, tensors
 from fitkit.data import Batching, as_batches
 from fitkit.transfer import Transfer
@@ -98,7 +98,7 @@ def test_training_from_data_on_the_device_gives_the_same_weights(
         return list(model.module.parameters()), history.history
 
     weights, numbers = trained()
-    monkeypatch.setattr(fitkit.model, "room_for_data", lambda device: 2**30)
+    monkeypatch.setattr(fitkit.preparation, "room_for_data", lambda device: 2**30)
     original = Transfer.__init__
     monkeypatch.setattr(
         Transfer,
