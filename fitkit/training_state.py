@@ -8,6 +8,7 @@ class that holds a part of the state gives it by itself; the form of the file is
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -537,11 +538,12 @@ class Progress:
 def keyed(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     """The callbacks by the keys of their states: equal ones are counted, in their order."""
     found: dict[str, Callback] = {}
+    counts: Counter[str] = Counter()
     for callback in callbacks:
-        key, count = callback.state_key, 1
+        own = key = callback.state_key
         while key in found:
-            count += 1
-            key = f"{callback.state_key} {count}"
+            counts[own] += 1
+            key = f"{own} {counts[own] + 1}"
         found[key] = callback
     return found
 

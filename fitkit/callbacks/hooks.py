@@ -37,10 +37,11 @@ class HookTable:
         callbacks: in the order in which they are called. History, which is no Callback, counts by its methods.
     """
 
-    __slots__ = (*HOOKS, "listeners")
+    __slots__ = (*HOOKS, "_owners", "listeners")
 
     def __init__(self, callbacks: Iterable[object]) -> None:
         called = self.listeners = list(callbacks)
+        self._owners: dict[str, list[object]] = {}
         last = sorted(called, key=lambda each: getattr(each, "is_last_after_batches", False))
         self.on_train_begin = _implementations(called, "on_train_begin")
         self.on_train_end = _implementations(called, "on_train_end")
@@ -60,7 +61,9 @@ class HookTable:
 
     def owners(self, name: str) -> list[object]:
         """Whose hooks of that name are listed, in the same order."""
-        return [callback for callback in self.listeners if _implementations([callback], name)]
+        if name not in self._owners:
+            self._owners[name] = [callback for callback in self.listeners if _implementations([callback], name)]
+        return self._owners[name]
 
 
 def implemented_hooks(callback: object) -> list[str]:
@@ -168,8 +171,12 @@ def _check_names(callback: Callback) -> None:
 def _check_arguments(callback: Callback) -> None:
     """Refuses a hook that would fail when it is called, perhaps only at the end of the first epoch."""
     for name in implemented_hooks(callback):
+        hook = getattr(callback, name)
+        code = getattr(getattr(hook, "__func__", None), "__code__", None)
+        if code is not None and code.co_varnames[1 : code.co_argcount] == HOOKS[name] and not code.co_kwonlyargcount:
+            continue  # the usual case, written as in the base
         try:
-            signature = inspect.signature(getattr(callback, name))
+            signature = inspect.signature(hook)
         except ValueError:  # Some functions written in C tell nothing about their arguments.
             continue
         try:
