@@ -828,6 +828,9 @@ class Model:
             path: where from.
 
         Raises:
+        Of a file of `save`, `ModelCheckpoint` or `BackupAndRestore` it takes the weights alone: this needs no compile
+        and no optimizer like the one before.
+
             ValueError: the file is damaged, no such file format, or of another module; the module is unchanged.
         """
         load_weights(self.module, path)
