@@ -37,6 +37,7 @@ class Compiled:
         optimizer: None when nothing can be trained.
         scaler: for "16-mixed".
         channels_last: whether images are given to the module in that memory format.
+        left_out: names of the trainable parameters that the user gave to no optimizer.
     """
 
     module: nn.Module
@@ -48,6 +49,7 @@ class Compiled:
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     channels_last: bool = False
+    left_out: frozenset[str] = frozenset()
 
 
 class Outcome(NamedTuple):

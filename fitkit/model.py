@@ -51,7 +51,7 @@ from fitkit.history import History
 from fitkit.learning_rate_finder import LearningRateCurve, RangeTest, undone
 from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import FittingParts, report_size, split_by
-from fitkit.optimization import OptimizerArgument, follow_parameters, make_optimizer
+from fitkit.optimization import OptimizerArgument, follow_parameters, left_out, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.shared_steps import Agreement, SharedStep, joined_outputs, taking_shares
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
@@ -199,6 +199,7 @@ class Model:
             channels_last=channels_last,
         )
 
+            left_out=left_out(made, self.module),
     @property
     def metrics_names(self) -> list[str]:
         """The loss, each output's loss and the metrics, in the order in which `evaluate` returns them."""
