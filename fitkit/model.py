@@ -56,11 +56,13 @@ from fitkit.output_losses import OutputLosses
 from fitkit.shared_steps import Agreement, SharedStep, joined_outputs, taking_shares
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters, trained_parameters
 from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
-from fitkit.training_state import Progress, load_model, model_state, read_training_state
+from fitkit.training_state import Progress, load_model, model_state, read_training_state, warned_of_untrained
 
 if TYPE_CHECKING:
     from fitkit.plan import Plan
 
+# Keras's names of the steps that a subclass overrides, and those here.
+KERAS_STEPS = {"train_step": "training_step", "test_step": "validation_step"}
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 
@@ -337,7 +339,8 @@ class Model:
             )
         )
         processes = processes_of(self._strategy)
-        with self._together(processes), self._fitting(run.progress, run.take_batch, run.history):
+        watched = warned_of_untrained(self, self._require_compiled())
+        with self._together(processes), self._fitting(run.progress, run.take_batch, run.history), watched:
             loop.fit(run)
         return self.history
 
@@ -879,6 +882,12 @@ class Model:
         return loop.TestRun(self, step, plan, hooks, step if processes is None else SharedStep(step, step))
 
     def _check_steps(self, *, validates: bool) -> None:
+        for theirs, ours in KERAS_STEPS.items():
+            if hasattr(type(self), theirs) and self._overridden(ours) is None:
+                raise ValueError(
+                    f"{type(self).__name__}.{theirs} is never called: that is Keras's name. Here it is "
+                    f"{ours}(self, batch, batch_idx)."
+                )
         needs_loss = self._require_compiled().losses is None and self._overridden("training_step") is not None
         if validates and needs_loss and self._overridden("validation_step") is None:
             raise ValueError(
