@@ -176,9 +176,12 @@ class Computation:
         if weight is None:
             weight = batches_of.count_samples(*batches_of.unpack(batch)[:2] if _is_batch(batch) else (batch, None))
         weight = check_weight("weight returned by the step", weight)
-        outputs, targets = (
-            ([extra.pop("output")], [extra.pop("target")]) if {"output", "target"} <= set(extra) else ([], [])
-        )
+        outputs, targets = [], []
+        if {"output", "target"} <= set(extra):
+            outputs, targets = [extra.pop("output")], [extra.pop("target")]
+            if self._compiled.losses is not None and self._compiled.metrics.names:
+                outputs = self._compiled.losses.select(outputs[0], "the step's 'output'")
+                targets = self._compiled.losses.select(targets[0], "the step's 'target'")
         for name, value in extra.items():
             if name == "batch_loss" or name.startswith(("val_", "grad_")):
                 raise ValueError(f"Expected another name for the step's {name!r}, which fitkit uses itself.")
