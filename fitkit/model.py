@@ -182,7 +182,7 @@ class Model:
                 "convolutions). Leave it out, or call module.to(memory_format=torch.channels_last_3d) yourself."
             )
         if losses is not None:
-            losses.to(self.device, torch.float64 if precision == "64-true" else None)
+            losses.to(self.device, torch.float64 if precision == "64-true" else None, module_dtype(self.module))
         if precision == "64-true":
             self.module.double()
             if made is not None:
@@ -199,9 +199,9 @@ class Model:
             optimizer=made,
             scaler=torch.amp.GradScaler(self.device.type) if precision == "16-mixed" else None,
             channels_last=channels_last,
+            left_out=left_out(made, self.module),
         )
 
-            left_out=left_out(made, self.module),
     @property
     def metrics_names(self) -> list[str]:
         """The loss, each output's loss and the metrics, in the order in which `evaluate` returns them."""
@@ -828,13 +828,13 @@ class Model:
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Reads weights that `save_weights` or ``torch.save(module.state_dict(), path)`` wrote.
 
+        Of a file of `save`, `ModelCheckpoint` or `BackupAndRestore` it takes the weights alone: this needs no compile
+        and no optimizer like the one before.
+
         Args:
             path: where from.
 
         Raises:
-        Of a file of `save`, `ModelCheckpoint` or `BackupAndRestore` it takes the weights alone: this needs no compile
-        and no optimizer like the one before.
-
             ValueError: the file is damaged, no such file format, or of another module; the module is unchanged.
         """
         load_weights(self.module, path)
