@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fitkit.errors import show
+from fitkit.errors import add_note, show
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,41 @@ def call(module: Callable[..., Any], x: Any) -> Any:
     """The module's output: ``module(x)``, ``module(*x)`` for a tuple or list, ``module(**x)`` for a mapping."""
     if isinstance(x, Tensor):
         return module(x)
+    positional: Sequence[Any] = ()
+    keywords: Mapping[str, Any] = {}
     if isinstance(x, Mapping):
-        return module(**x)
-    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
-        return module(*x)
-    return module(x)
+        keywords = x
+    elif isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
+        positional = x
+    else:
+        positional = (x,)
+    try:
+        return module(*positional, **keywords)
+    except TypeError as error:
+        _explain_arguments(error, module, positional, keywords)
+        raise
+
+
+def _explain_arguments(
+    error: TypeError, module: Callable[..., Any], positional: Sequence[Any], keywords: Mapping[str, Any]
+) -> None:
+    """Says below the error how x became arguments, if they are not those of the module's forward."""
+    forward = getattr(module, "forward", module)
+    try:
+        takes = inspect.signature(forward)
+    except (TypeError, ValueError):
+        return
+    try:
+        takes.bind(*positional, **keywords)
+    except TypeError:
+        given = f"the keywords {', '.join(map(str, keywords))}" if keywords else f"{len(positional)} arguments"
+        add_note(
+            error,
+            f"The inputs went to the module as {given}; its forward takes ({', '.join(takes.parameters)}). A dict goes "
+            "there as keywords, a list as arguments. Targets stand beside the inputs, (inputs, targets), also in a "
+            "Dataset and a DataLoader. For batches of another form override training_step, validation_step and "
+            "predict_step, which are given them as they are.",
+        )
 
 
 def tensors(structure: Any) -> Iterator[Tensor]:

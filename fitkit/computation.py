@@ -37,6 +37,7 @@ class Compiled:
         optimizer: None when nothing can be trained.
         scaler: for "16-mixed".
         channels_last: whether images are given to the module in that memory format.
+        left_out: names of the trainable parameters that the user gave to no optimizer.
     """
 
     module: nn.Module
@@ -48,6 +49,7 @@ class Compiled:
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     channels_last: bool = False
+    left_out: frozenset[str] = frozenset()
 
 
 class Outcome(NamedTuple):
@@ -174,9 +176,12 @@ class Computation:
         if weight is None:
             weight = batches_of.count_samples(*batches_of.unpack(batch)[:2] if _is_batch(batch) else (batch, None))
         weight = check_weight("weight returned by the step", weight)
-        outputs, targets = (
-            ([extra.pop("output")], [extra.pop("target")]) if {"output", "target"} <= set(extra) else ([], [])
-        )
+        outputs, targets = [], []
+        if {"output", "target"} <= set(extra):
+            outputs, targets = [extra.pop("output")], [extra.pop("target")]
+            if self._compiled.losses is not None and self._compiled.metrics.names:
+                outputs = self._compiled.losses.select(outputs[0], "the step's 'output'")
+                targets = self._compiled.losses.select(targets[0], "the step's 'target'")
         for name, value in extra.items():
             if name == "batch_loss" or name.startswith(("val_", "grad_")):
                 raise ValueError(f"Expected another name for the step's {name!r}, which fitkit uses itself.")

@@ -57,6 +57,13 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def classes_last(output: torch.Tensor, target: torch.Tensor) -> str:
+    """A sentence about where classes stand, if they are likely to be the output's last dimension; else nothing."""
+    if output.ndim < 3 or target.is_floating_point() or target.shape != output.shape[:-1]:
+        return ""
+    return " Classes are dimension 1, as in torch: for an output (N, ..., C) write output.movedim(-1, 1)."
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A sentence that names the nearest known word, or nothing when none is near."""
     matches = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitkit._types import OutputMeaning, Scale
-from fitkit.errors import check_number, show, unknown_name
+from fitkit.errors import check_number, classes_last, show, unknown_name
 
 # A number where the host knows it, a 0-d tensor where only the device does.
 Weight = float | Tensor
@@ -75,6 +75,8 @@ SHORT_NAMES: dict[str, type[nn.Module]] = {
 }
 # Up to so many targets are counted faster one by one than by NumPy.
 SHORT = 128
+# Items of a list that a message shows.
+SHOWN = 4
 
 # What to write for the names that users of Keras try first.
 KERAS_NAMES = {
@@ -131,9 +133,15 @@ class Loss:
         self._averages = "samples" if self.adds_up or self.reduction == "batchmean" else averages
         self._items: Callable[..., Tensor] | None = _item_losses(self.call if self.module is None else self.module)
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """Moves class weights and other tensors of the loss to the device, and to the dtype where one is given."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None, outputs: torch.dtype | None = None) -> None:
+        """Moves class weights and other tensors of the loss to the device, and to the dtype where one is given.
+
+        Class weights come out of NumPy and scikit-learn as float64, which torch refuses beside other outputs: in
+        torch's own losses float64 becomes the dtype of the outputs, where that is given.
+        """
         if self.module is not None:
+            if self.built_in is not None and any(tensor.dtype == torch.float64 for tensor in self.module.buffers()):
+                dtype = dtype or outputs
             self.module.to(device=device, dtype=dtype)
             self._class_weights = _on_host(self.module)
             self._items = _item_losses(self.call if self.module is None else self.module)
@@ -231,11 +239,17 @@ class Loss:
         if self.built_in is None:
             return target
         if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+            advice = (
+                "With several outputs give a loss for each, as a list or dict; without targets override training_step."
+            )
+            if isinstance(target, (list, tuple)) and any(isinstance(each, str) for each in target):
+                advice = (
+                    "Encode labels that are text as integers, for example by numpy.unique(labels, return_inverse=True)."
+                )
             raise TypeError(
                 "Expected one output tensor and one target tensor for "
                 f"{self.argument}={self.built_in.function.__name__!r}, received output={show_structure(output)} and "
-                f"target={show_structure(target)}. With several outputs give a loss for each, as a list or a dict; "
-                "without targets override training_step."
+                f"target={show_structure(target)}. {advice}"
             )
         if self.meaning.classes:
             if target.dtype is torch.int64 and output.dim() == 2 and target.shape == output.shape[:1]:
@@ -304,11 +318,13 @@ def fit_classes(output: Tensor, target: Tensor, name: str) -> Tensor:
             target = target.squeeze(1)
         if output.dim() > 1 and target.shape == output.shape[:1] + output.shape[2:]:
             return target if target.dtype == torch.int64 else target.long()
+    advice = classes_last(output, target) or (
+        " Convert class labels with .long() or .astype('int64'); for one output column use \"bce_with_logits\"."
+    )
     raise ValueError(
         f"Expected class indices of shape (N, ...) with an integer dtype, or probabilities of the output's shape "
         f"(N, C, ...), for {name}; received output of shape {tuple(output.shape)} and target of shape "
-        f"{tuple(target.shape)} and {target.dtype}. Convert class labels with .long() or .astype('int64'); for one "
-        'output column use "bce_with_logits".'
+        f"{tuple(target.shape)} and {target.dtype}.{advice}"
     )
 
 
@@ -428,5 +444,6 @@ def show_structure(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {show_structure(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {len(value)}: " + ", ".join(map(show_structure, value))
+        first, more = value[:SHOWN], ", ..." if len(value) > SHOWN else ""
+        return f"{type(value).__name__} of {len(value)}: " + ", ".join(map(show_structure, first)) + more
     return show(value)

@@ -25,7 +25,7 @@ from fitkit.callbacks.hooks import HookTable, check_callbacks
 from fitkit.checkpoints import load_weights, save_state, save_weights
 from fitkit.computation import Compiled, UserStep, total_loss
 from fitkit.data import EpochPlan, as_batches, kept_generators
-from fitkit.device import kept_modes, kept_random_state, resolve_device
+from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device
 from fitkit.distributed import (
     Processes,
     by_first,
@@ -45,13 +45,13 @@ from fitkit.history import History
 from fitkit.learning_rate_finder import LearningRateCurve, RangeTest, undone
 from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import report_size
-from fitkit.optimization import OptimizerArgument, follow_parameters, make_optimizer
+from fitkit.optimization import OptimizerArgument, follow_parameters, left_out, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.preparation import OwnSteps, Preparation
 from fitkit.shared_steps import SharedStep, joined_outputs
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters
 from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
-from fitkit.training_state import Progress, load_model, model_state, read_training_state
+from fitkit.training_state import Progress, load_model, model_state, read_training_state, warned_of_untrained
 
 if TYPE_CHECKING:
     from fitkit.plan import Plan
@@ -175,7 +175,7 @@ class Model:
                 "convolutions). Leave it out, or call module.to(memory_format=torch.channels_last_3d) yourself."
             )
         if losses is not None:
-            losses.to(self.device, torch.float64 if precision == "64-true" else None)
+            losses.to(self.device, torch.float64 if precision == "64-true" else None, module_dtype(self.module))
         if precision == "64-true":
             self.module.double()
             if made is not None:
@@ -192,6 +192,7 @@ class Model:
             optimizer=made,
             scaler=torch.amp.GradScaler(self.device.type) if precision == "16-mixed" else None,
             channels_last=channels_last,
+            left_out=left_out(made, self.module),
         )
 
     @property
@@ -331,7 +332,8 @@ class Model:
             )
         )
         processes = processes_of(self._strategy)
-        with self._together(processes), self._fitting(run.progress, run.take_batch, run.history):
+        watched = warned_of_untrained(self, self._require_compiled())
+        with self._together(processes), self._fitting(run.progress, run.take_batch, run.history), watched:
             loop.fit(run)
         return self.history
 
@@ -774,6 +776,9 @@ class Model:
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Reads weights that `save_weights` or ``torch.save(module.state_dict(), path)`` wrote.
+
+        Of a file of `save`, `ModelCheckpoint` or `BackupAndRestore` it takes the weights alone: this needs no compile
+        and no optimizer like the one before.
 
         Args:
             path: where from.

@@ -65,7 +65,7 @@ class Numbers:
     def start(cls, compiled: Compiled, user_step: UserStep | None, *, owns_batches: bool) -> Numbers:
         """Empty numbers for a new run; they share nothing with those of any other run."""
         losses = compiled.losses
-        own = OutputMeaning(ignore_index=-100 if user_step is None else None)  # of a module that returns its loss
+        own = OutputMeaning(ignore_index=-100)  # without a compiled loss: torch's own default, and Hugging Face's
         meanings = [own] if losses is None else losses.meanings
         several = None if losses is None or losses.names is None or user_step is not None else losses
         single = None if losses is None or user_step is not None else losses.losses[0]

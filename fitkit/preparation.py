@@ -33,6 +33,9 @@ from fitkit.shared_steps import Agreement, SharedStep, taking_shares
 from fitkit.steps import TestStep, TrainStep, trained_parameters
 from fitkit.training_state import Progress, read_training_state
 
+# Keras's names of the steps that a subclass overrides, those here, and their attributes in OwnSteps.
+KERAS_STEPS = {"train_step": ("training_step", "training"), "test_step": ("validation_step", "validation")}
+
 
 @final
 @dataclass(frozen=True)
@@ -210,7 +213,13 @@ class Preparation:
         return TestRun(self.model, step, plan, hooks, SharedStep(step, step) if is_shared else step)
 
     def check_steps(self, *, validates: bool) -> None:
-        """Refuses a validation for which there is no loss."""
+        """Refuses a step that nothing calls, and a validation for which there is no loss."""
+        for theirs, (ours, own) in KERAS_STEPS.items():
+            if hasattr(type(self.model), theirs) and getattr(self.own, own) is None:
+                raise ValueError(
+                    f"{type(self.model).__name__}.{theirs} is never called: that is Keras's name. Here it is "
+                    f"{ours}(self, batch, batch_idx)."
+                )
         needs_loss = self.compiled.losses is None and self.own.training is not None
         if validates and needs_loss and self.own.validation is None:
             raise ValueError(

@@ -21,6 +21,7 @@ from fitkit.gradients import GradientNorms, clip_gradients
 from fitkit.joint_losses import JointLosses
 from fitkit.logs import BatchLogs, read
 from fitkit.numbers import Numbers
+from fitkit.optimization import check_holds_trainable
 from fitkit.synchronisation import Synchronisation
 from fitkit.windows import Window
 
@@ -87,6 +88,7 @@ class TrainStep:
         self._length = length
         self.index = -1
         self._held = held_parameters(self._compiled)
+        check_holds_trainable(self._compiled.optimizer, self._compiled.module, self._compiled.left_out)
         self._stepped = optimizer_parameters(self._compiled)
         if self._norm_order != -1:
             trained = trained_parameters(self._compiled)

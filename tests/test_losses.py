@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fitkit
 from fitkit.losses import BUILT_IN, Loss, Part, known_losses
 
 CLASSES = (torch.randn(5, 3), torch.tensor([0, 2, -100, 1, 2]))
@@ -271,3 +273,22 @@ def test_a_class_without_an_output_is_named_also_where_classes_have_weights() ->
     loss = Loss(nn.CrossEntropyLoss(torch.ones(3)))
     with pytest.raises(ValueError, match="Expected class indices below 3"):
         loss(torch.randn(2, 3), torch.tensor([0, 7]), 2, None, torch.tensor([0, 7]))
+
+
+def test_class_weights_in_float64_become_the_modules_dtype() -> None:
+    weight = torch.tensor(numpy.array([1.0, 2.0, 5.0]))
+    model = fitkit.Model(nn.Linear(4, 3), device="cpu")
+    model.compile("sgd", nn.CrossEntropyLoss(weight=weight))
+    x, y = torch.randn(30, 4), torch.arange(30) % 3
+    expected = F.cross_entropy(model.module(x), y, weight.float()).item()
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(expected, rel=1e-6)
+
+
+def test_labels_that_are_text_are_told_to_be_encoded() -> None:
+    with pytest.raises(TypeError, match="Encode labels that are text as integers"):
+        Loss("cross_entropy").fit_target(torch.zeros(2, 3), ["cat", "dog"])
+
+
+def test_classes_that_come_last_are_told_to_be_moved() -> None:
+    with pytest.raises(ValueError, match=r"Classes are dimension 1, as in torch: .* output.movedim\(-1, 1\)"):
+        Loss("cross_entropy").fit_target(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fitkit._types import OutputMeaning, Scale, Structure
 from fitkit.device import sum_dtype
-from fitkit.errors import show
+from fitkit.errors import classes_last, show
 
 Task = Literal["binary", "multilabel", "multiclass", "regression"]
 # What stands in the place of an ignored target, whatever value the loss ignores.
@@ -164,7 +164,7 @@ def _same_items(output: Tensor, target: Tensor) -> bool:
 def _misfit(names: str, output: Tensor, target: Tensor, expected: str) -> str:
     return (
         f"The metrics {names} expect {expected}, received output of shape {tuple(output.shape)} and target of shape "
-        f"{tuple(target.shape)} and {target.dtype}."
+        f"{tuple(target.shape)} and {target.dtype}.{classes_last(output, target)}"
     )
 
 
