@@ -78,6 +78,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(cast(BinaryIO, file))
             file.flush()
             os.fsync(file.fileno())
+            opened = os.fstat(file.fileno())
+        if not os.path.samestat(opened, os.stat(temporary)):
+            # safetensors puts a file of its own, which its owner alone may read, in the place of this one.
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, stat.S_IMODE(opened.st_mode))
         os.replace(temporary, target)
     except BaseException:
         # Where the folder itself has gone, so has the file.
@@ -154,6 +160,8 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fills the module from a file of :func:`save_weights`, or from any file of a state_dict that torch wrote.
+
+    Of the whole training state of a model, as `Model.save` and `ModelCheckpoint` write it, it takes the weights.
 
     Every name and shape has to fit, after the module's own hooks for older files had their say; otherwise the module
     is left as it was. Values take the dtype and device of the module's tensors. A name that the file lacks is filled
@@ -255,19 +263,27 @@ def _loadable(value: Any, where: str) -> Any:
 
 def _read_archive(path: Path, content: Content) -> Any:
     with open(path, "rb") as file:
-        _verify(file, os.fspath(path), content)
+        found = _verify(file, os.fspath(path), content)
         file.seek(0)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            value = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             # What torch raises for a file that is not its own is of many classes.
             raise CheckpointError(
                 f"{os.fspath(path)} is no file of tensors, or holds objects that cannot be loaded safely "
                 "(torch.load with weights_only=True refuses it)."
             ) from error
+    return value if found == content else _weights_in(value, path)
 
 
-def _verify(file: BinaryIO, path: str, content: Content) -> None:
+def _weights_in(state: Mapping[str, Any], path: Path) -> Any:
+    if "weights" not in state:
+        raise CheckpointError(f"{os.fspath(path)} holds no weights but the state of something else.")
+    return state["weights"]
+
+
+def _verify(file: BinaryIO, path: str, content: Content) -> Content:
+    """Whether the file is whole and holds that content; a training state will do for weights. Returns what it holds."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         raise CheckpointError(f"{path} is empty.")
@@ -275,7 +291,7 @@ def _verify(file: BinaryIO, path: str, content: Content) -> None:
     trailer = TRAILER.search(file.read())
     if trailer is None:
         _verify_without_trailer(file, path, content)
-        return
+        return content
     number, found, digest = int(trailer[1]), trailer[2].decode(), trailer[3]
     if _digest(file, size - len(digest)) != digest:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum.")
@@ -283,9 +299,12 @@ def _verify(file: BinaryIO, path: str, content: Content) -> None:
         raise CheckpointError(
             f"{path} is of format {number}, written by a newer fitkit; this one reads up to format {FORMAT}."
         )
+    if found == "state" and content == "weights":
+        return "state"
     if found != content:
         method = METHODS.get(found, f"what wrote its {found}")
         raise CheckpointError(f"{path} holds no {content} but {found}. Use {method} for it.")
+    return content
 
 
 def _verify_without_trailer(file: BinaryIO, path: str, content: Content) -> None:

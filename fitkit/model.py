@@ -824,6 +824,8 @@ class Model:
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Reads weights that `save_weights` or ``torch.save(module.state_dict(), path)`` wrote.
 
+        Of a file of `save` or `ModelCheckpoint` it takes the weights and nothing else; so no compile is needed.
+
         Args:
             path: where from.
 

@@ -293,3 +293,12 @@ def test_a_save_before_a_resumed_run_has_gone_on_is_what_it_goes_on_from(tmp_pat
     saving = LambdaCallback(on_train_begin=lambda logs: model.save(tmp_path / "again"))
     model.fit(X, Y, epochs=3, callbacks=[saving], verbose=0, resume_from=tmp_path / "saved")
     assert same(load_state(tmp_path / "again"), load_state(tmp_path / "saved"))
+
+
+def test_the_weights_of_a_whole_state_are_loaded_without_compile(tmp_path: Path) -> None:
+    model = fitted()
+    model.save(tmp_path / "file")
+    plain = fitkit.Model(copy.deepcopy(compiled().module), device="cpu")
+    plain.load_weights(tmp_path / "file")
+    assert same(plain.module.state_dict(), model.module.state_dict())
+    assert not plain.history.epoch
