@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fitkit.errors import show
+from fitkit.errors import add_note, show
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,25 @@ def mapped(function: Callable[[Tensor], Any], structure: Any) -> Any:
     if isinstance(structure, Placed):
         return Placed(mapped(function, structure.on_device), mapped(function, structure.on_host))
     return structure
+
+
+def forward(module: Callable[..., Any], x: Any) -> Any:
+    """`call`, whose errors say what the module was called on."""
+    try:
+        return module(x) if isinstance(x, Tensor) else call(module, x)
+    except Exception as error:
+        add_note(error, f"The module was called on {_shown(x)}.")
+        raise
+
+
+def _shown(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+    if isinstance(x, Mapping):
+        return ", ".join(f"{key}={_shown(value)}" for key, value in x.items())
+    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
+        return f"({', '.join(map(_shown, x))})"
+    return show(x)
 
 
 def call(module: Callable[..., Any], x: Any) -> Any:

@@ -402,7 +402,7 @@ class PredictStep:
             if self._user_step is not None:
                 output = self._user_step(batch, index)
             else:
-                output = batches_of.call(self._compiled.forward, batches_of.unpack(batch)[0])
+                output = batches_of.forward(self._compiled.forward, batches_of.unpack(batch)[0])
         self.logs = {"outputs": output}
         self.outputs.append(batches_of.on_cpu(output))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fitkit.batch import Placed, Share
 from fitkit.data.batches import Batches
-from fitkit.data.rows import Rows, TensorRows, as_rows, is_array
+from fitkit.data.rows import Rows, TensorRows, as_rows, is_array, nonfinite_rows
 from fitkit.distributed import Processes
 from fitkit.errors import show
 
@@ -99,7 +99,8 @@ class ArrayBatches(Batches):
         self._rows: list[Rows] = [
             as_rows(value, argument, dtype, device) for layout in layouts for argument, value in layout.leaves
         ]
-        self.samples = _common_length(self._rows, [argument for layout in layouts for argument, _ in layout.leaves])
+        self._arguments = [argument for layout in layouts for argument, _ in layout.leaves]
+        self.samples = _common_length(self._rows, self._arguments)
         self._build = _builder(parts, layouts, bare)
         self.parts = len(parts)
         # Of the leaves, those of the targets; and the device that batches are to come from, beside the host.
@@ -193,6 +194,11 @@ class ArrayBatches(Batches):
         other = self._with(self._rows, shuffle=self._shuffle)
         other._home = device
         return other
+
+    def nonfinite(self) -> str | None:
+        searched = map(nonfinite_rows, self._rows, self._arguments)
+        found = [sentence for sentence in searched if sentence is not None]
+        return f"The data hold NaN or infinity: {'; '.join(found)}." if found else None
 
     def _order(self) -> Tensor | None:
         """This pass's permutation, from the same draws as ``iter(DataLoader(...))`` and its RandomSampler."""

@@ -104,6 +104,10 @@ class Batches(abc.ABC):
         """
         return self
 
+    def nonfinite(self) -> str | None:
+        """A sentence that says where the data hold NaN or infinity; None where they do not, or only a batch tells."""
+        return None
+
     def in_large_batches(self) -> Batches:
         """The same data in larger batches, where nobody chose their size and the numbers do not depend on it."""
         return self
