@@ -181,7 +181,7 @@ class Loss:
             if self.built_in.function is F.binary_cross_entropy and (output.min() < 0 or output.max() > 1):
                 raise ValueError(
                     f"Expected probabilities from 0 to 1 for {self.argument}='binary_cross_entropy', received outputs "
-                    f"from {float(output.min()):g} to {float(output.max()):g}. For logits use \"bce_with_logits\"."
+                    f'from {float(output.min()):g} to {float(output.max()):g}. For logits use "bce_with_logits".'
                 ) from error
             raise
 

@@ -31,6 +31,8 @@ from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.checkpoints import load_weights, save_state, save_weights
 from fitkit.computation import ClassWeight, Compiled, total_loss
 from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches, kept_generators
+from fitkit.data.arrays import Layout
+from fitkit.data.inputs import check_columns, check_is_batch, columns_of
 from fitkit.data.shares import SharedBatches
 from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device, room_for_data
 from fitkit.distributed import (
@@ -111,6 +113,7 @@ class Model:
         self._progress: Progress | None = None
         self._ended: Callable[[], dict[str, Any] | None] = _nothing
         self._latest_input: Any = None
+        self._columns: dict[str, tuple[str, ...]] = {}
 
     @property
     def module(self) -> nn.Module:
@@ -357,6 +360,8 @@ class Model:
             given.data, given.y, given.sample_weight, batching, given.validation_split, validating.batch_size
         )
         held_out = _validation_batches(given.validation_data, held_out, validating, given.validation_split)
+        if held_out is not None:
+            check_columns(held_out.inputs, columns_of(training.inputs))
         training, held_out = self._kept_on_device(training, held_out)
         processes = processes_of(self._strategy)
         class_weight = self._class_weight(given.class_weight, given.sample_weight)
@@ -478,6 +483,7 @@ class Model:
         self._check_steps(validates=True)
         batching = self._batching(batch_size, None, training=False, loader_options=dataloader_options)
         batches = as_batches(data, y, sample_weight, batching)
+        self._check_inputs(batches)
         self._check_parts(batches, "data")
         if batch_size is None and steps is None and self._may_enlarge("validation_step", callbacks):
             batches = batches.in_large_batches()
@@ -523,6 +529,7 @@ class Model:
         """
         batching = self._batching(batch_size, None, training=False, loader_options=dataloader_options)
         batches = as_batches(data, None, None, batching)
+        self._check_inputs(batches)
         if batch_size is None and steps is None and self._may_enlarge("predict_step", callbacks):
             batches = batches.in_large_batches()
         processes = processes_of(self._strategy)
@@ -573,7 +580,7 @@ class Model:
             steps: how many rates there are, one a batch; data with fewer batches is read again.
             gradient_clip_val: as in `fit`.
             micro_batch_size: as in `fit`.
-            verbose: as in `fit`.
+            verbose: as in `fit`, but "auto" shows nothing where there is no terminal or notebook.
 
         Returns:
             The curve, with ``suggestion``, ``rates``, ``losses`` and ``plot()``.
@@ -583,6 +590,8 @@ class Model:
             TypeError: arguments of a wrong type.
         """
         compiled = self._require_compiled()
+        # A line for each of many short epochs would say nothing.
+        level = 0 if verbose == "auto" and resolve_verbose(verbose) == 2 else verbose
         test = RangeTest(start, end, steps)
         processes = processes_of(self._strategy)
         if processes is not None and processes.world > 1:
@@ -595,7 +604,7 @@ class Model:
         batches = as_batches(data, y, sample_weight, self._batching(batch_size, None, training=True))
         # An epoch has one batch at least; the test ends the run by itself.
         epochs = -(-steps // (batches.length or 1)) if batches.again else 1
-        history, stop_training, latest_input = self.history, self.stop_training, self._latest_input
+        history, stop_training, seen = self.history, self.stop_training, (self._latest_input, self._columns)
         try:
             with undone(compiled, data):
                 self.fit(
@@ -603,7 +612,7 @@ class Model:
                     y,
                     batch_size=batch_size,
                     epochs=epochs,
-                    verbose=verbose,
+                    verbose=level,
                     callbacks=[test],
                     sample_weight=sample_weight,
                     class_weight=class_weight,
@@ -612,7 +621,7 @@ class Model:
                     on_nonfinite="ignore",
                 )
         finally:
-            self.history, self.stop_training, self._latest_input = history, stop_training, latest_input
+            self.history, self.stop_training, (self._latest_input, self._columns) = history, stop_training, seen
         if not test.is_finished:
             raise ValueError(
                 f"Expected data of at least {steps=} batches, received a generator that gave {len(test.losses)}. Lower "
@@ -911,6 +920,12 @@ class Model:
         host = torch.device("cpu")
         return Batching(batch_size, shuffle, training, module_dtype(self.module), host, loader_options=loader_options)
 
+    def _check_inputs(self, batches: Batches) -> None:
+        """Refuses what the names of columns, or the dimensions, tell to be no batch of what was trained on."""
+        check_columns(batches.inputs, self._columns)
+        if self._latest_input is not None:
+            check_is_batch(batches.inputs, dict(Layout(self._latest_input, "").leaves))
+
     def _validation_batching(self, batching: Batching, validation_batch_size: int | None) -> Batching:
         return replace(
             batching,
@@ -935,7 +950,10 @@ class Model:
                 "class_weight=... and sample_weight=... exclude each other. Multiply them into one of them."
             )
         if not isinstance(class_weight, Mapping) or not class_weight:
-            raise TypeError(f"Expected {{class: weight}}, received class_weight={show(class_weight)}.")
+            raise TypeError(
+                f"Expected {{class: weight}}, received class_weight={show(class_weight)}. Classes weigh alike with "
+                "{c: len(y) / (classes * count of c)}."
+            )
         compiled = self._require_compiled()
         if self._overridden("training_step") is not None or compiled.losses is None or compiled.losses.names:
             raise ValueError(
@@ -1053,6 +1071,7 @@ class Model:
             else:
                 self._ended = progress.ended(error)
             self._latest_input = progress.step.latest_input
+            self._columns = columns_of(progress.batches.data.inputs)
             report_size(parts, self.history.params)
 
     @contextmanager

@@ -215,7 +215,7 @@ def test_an_error_of_the_module_says_what_it_was_called_on(method: str) -> None:
     model.compile("sgd", "mse")
     images = torch.zeros(4, 5, dtype=torch.uint8)
     data = (images,) if method == "predict" else (images, torch.zeros(4, 1))
-    with pytest.raises(RuntimeError) as raised:  # noqa: PT011 (torch's own words)
+    with pytest.raises(RuntimeError) as raised:
         getattr(model, method)(data, verbose=0)
     assert "The module was called on uint8 of shape (4, 5)." in notes_of(raised.value)
 

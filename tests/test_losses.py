@@ -274,7 +274,9 @@ def test_a_class_without_an_output_is_named_also_where_classes_have_weights() ->
 
 
 def test_a_class_without_an_output_is_told_how_targets_are_ignored() -> None:
-    with pytest.raises(ValueError, match=r"Target 255 is out of bounds\..* pass loss=nn\.CrossEntropyLoss\(ignore_index"):
+    with pytest.raises(
+        ValueError, match=r"Target 255 is out of bounds\..* pass loss=nn\.CrossEntropyLoss\(ignore_index"
+    ):
         Loss("cross_entropy")(torch.randn(2, 3), torch.tensor([0, 255]), 2)
 
 

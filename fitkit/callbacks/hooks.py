@@ -181,8 +181,9 @@ def _check_names(callback: Callback) -> None:
         attribute = inspect.getattr_static(callback, name)
         if callable(attribute) or isinstance(attribute, (classmethod, staticmethod)):
             raise ValueError(
-                f"{type(callback).__name__}.{name} is no hook and would never be called.{nearest(_in_our_words(name), HOOKS)} "
-                f"The hooks are {', '.join(HOOKS)}; give any other method a name that does not start with on_."
+                f"{type(callback).__name__}.{name} is no hook and would never be called."
+                f"{nearest(_in_our_words(name), HOOKS)} The hooks are {', '.join(HOOKS)}; give any other method a name "
+                "that does not start with on_."
             )
 
 

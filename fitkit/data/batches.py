@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 
 from fitkit.batch import Share, part_of, samples_of
+from fitkit.data.inputs import Input
 from fitkit.device import random_state, restore_random_state
 from fitkit.distributed import Processes
 
@@ -59,6 +60,11 @@ class Batches(abc.ABC):
     def facts(self) -> dict[str, Any]:
         """What the numbers of a run depend on, by the argument that sets it: the number of batches, their size."""
         return {} if self.length is None else {"the number of batches": self.length}
+
+    @property
+    def inputs(self) -> Sequence[Input]:
+        """The arrays of x; none where only a batch tells."""
+        return ()
 
     @property
     def extent(self) -> tuple[int, int] | None:

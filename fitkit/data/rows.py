@@ -28,6 +28,7 @@ class Rows(Protocol):
     """An array of which rows can be taken."""
 
     row_bytes: int
+    shape: tuple[int, ...]
     # Of a frame, the names of its columns.
     columns: Sequence[Any]
 
@@ -62,6 +63,7 @@ class TensorRows:
         self._dtype = dtype if tensor.is_floating_point() else tensor.dtype
         self._device = device
         self.columns: Sequence[Any] = ()
+        self.shape = tuple(tensor.shape)
         self.row_bytes = tensor[:1].numel() * tensor.element_size()
 
     def __len__(self) -> int:
@@ -114,6 +116,7 @@ class ForeignRows:
         self._dtype = dtype
         self._device = device
         self.columns: Sequence[Any] = list(getattr(array, "columns", ()))
+        self.shape: tuple[int, ...] = tuple(array.shape)
         self.row_bytes = convert(self._positions[:1]).nbytes
 
     def __len__(self) -> int:
