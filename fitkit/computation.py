@@ -102,9 +102,12 @@ class Computation:
         x, y, sample_weight = batches_of.unpack(batch)
         losses = self._compiled.losses
         if y is None and losses is not None:
-            alone = f"a dict of {', '.join(map(str, x))}, all of it inputs" if isinstance(x, Mapping) else "x alone"
+            alone, advice = "x alone", "Pass y"
+            if isinstance(x, Mapping):
+                alone = f"a dict of {', '.join(map(str, x))}, all of it inputs"
+                advice = "Let the data give (inputs, target)"
             raise ValueError(
-                f"Expected batches of (x, y) since compile was given a loss; received batches of {alone}. Pass y, or "
+                f"Expected batches of (x, y) since compile was given a loss; received batches of {alone}. {advice}, or "
                 "compile(loss=None) for a module that returns its loss, or override training_step."
             )
         output = batches_of.forward(self._forward, x)

@@ -224,5 +224,7 @@ def test_a_dataset_of_dicts_under_a_loss_says_that_the_dict_is_all_inputs() -> N
     samples = [{"x": torch.zeros(3), "y": torch.zeros(1)} for _ in range(4)]
     model = fitkit.Model(nn.Linear(3, 1), device="cpu")
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match=r"\(x, y\) .* received batches of a dict of x, y, all of it inputs\. Pass y"):
+    with pytest.raises(
+        ValueError, match=r"\(x, y\) .* received batches of a dict of x, y, all of it inputs\. Let the data give"
+    ):
         model.fit(DataLoader(samples, batch_size=2), epochs=1, verbose=0)
