@@ -62,6 +62,11 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
         return batch[0], None, None
     if parts == 3:
         return batch[0], batch[1], batch[2]
+    if all(isinstance(part, (int, float)) for part in batch):
+        raise ValueError(
+            f"Expected batches of tensors, received a {type(batch).__name__} of {parts} numbers. Make lists of numbers "
+            "an array, with torch.tensor(...) or numpy.array(...)."
+        )
     raise ValueError(
         f"Expected batches of x, (x, y) or (x, y, sample_weight), received a {type(batch).__name__} of {parts}. Nest "
         "several inputs, ((a, b), y), or override training_step, which is given the batch as it is."
@@ -151,6 +156,30 @@ def mapped(function: Callable[[Tensor], Any], structure: Any) -> Any:
     if isinstance(structure, Placed):
         return Placed(mapped(function, structure.on_device), mapped(function, structure.on_host))
     return structure
+
+
+def forward(module: Callable[..., Any], x: Any) -> Any:
+    """`call`, whose errors say what the module was called on."""
+    try:
+        return module(x) if isinstance(x, Tensor) else call(module, x)
+    except Exception as error:
+        note_input(error, x)
+        raise
+
+
+def note_input(error: Exception, x: Any) -> None:
+    """Says in an error of a module what it was called on."""
+    add_note(error, f"The module was called on {_shown(x)}.")
+
+
+def _shown(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+    if isinstance(x, Mapping):
+        return ", ".join(f"{key}={_shown(value)}" for key, value in x.items())
+    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
+        return f"({', '.join(map(_shown, x))})"
+    return show(x)
 
 
 def call(module: Callable[..., Any], x: Any) -> Any:

@@ -78,6 +78,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(cast(BinaryIO, file))
             file.flush()
             os.fsync(file.fileno())
+            opened = os.fstat(file.fileno())
+        if not os.path.samestat(opened, os.stat(temporary)):
+            # safetensors puts a file of its own, which its owner alone may read, in the place of this one.
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, stat.S_IMODE(opened.st_mode))
         os.replace(temporary, target)
     except BaseException:
         # Where the folder itself has gone, so has the file.

@@ -102,16 +102,24 @@ class Computation:
         if self._user_step is not None:
             return self._user_outcome(self._user_step(batch, index), batch)
         x, y, sample_weight = batches_of.unpack(batch)
-        output = self._forward(x) if isinstance(x, Tensor) else batches_of.call(self._forward, x)
-        size = batches_of.count_samples(x, y)
         losses = self._compiled.losses
-        if losses is None:
-            return self._own_outcome(output, batch, size)
-        if y is None:
+        if y is None and losses is not None:
+            alone, advice = "x alone", "Pass y"
+            if isinstance(x, Mapping):
+                alone = f"a dict of {', '.join(map(str, x))}, all of it inputs"
+                advice = "Let the data give (inputs, target)"
             raise ValueError(
-                "Expected batches of (x, y) since compile was given a loss; received batches of x alone. Pass y, or "
+                f"Expected batches of (x, y) since compile was given a loss; received batches of {alone}. {advice}, or "
                 "compile(loss=None) for a module that returns its loss, or override training_step."
             )
+        try:
+            output = self._forward(x) if isinstance(x, Tensor) else batches_of.call(self._forward, x)
+        except Exception as error:
+            batches_of.note_input(error, x)
+            raise
+        size = batches_of.count_samples(x, y)
+        if losses is None:
+            return self._own_outcome(output, batch, size)
         if self._class_weight is not None:
             sample_weight = self._class_weight(output, y, sample_weight)
         loss = self._loss

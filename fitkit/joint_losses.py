@@ -80,7 +80,7 @@ class JointLosses:
             return False
         if self._transfer.is_needed:
             x, y, _ = batches_of.unpack(self._transfer(batch).on_device)
-        output = batches_of.call(self._forward, x)
+        output = batches_of.forward(self._forward, x)
         if isinstance(output, Tensor) and (output.shape, y.shape, y.dtype) == self._like:
             if len(self._waiting) >= self._most:  # not before: the latest batch's own loss may be asked for
                 self.settle()

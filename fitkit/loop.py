@@ -46,6 +46,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from fitkit._types import ModelProtocol
 from fitkit.callbacks import EarlyStopping
@@ -135,10 +136,12 @@ def fit(run: FitRun) -> None:
                 hook({})
             # A run that goes on from a file may begin at any stage of an epoch.
             progress.restore()
+            modes = [(child, child.training) for child in model.module.modules()]
             for epoch in range(progress.epoch, flags.last_epoch):
                 if progress.stage == "begin":
                     if model.stop_training:
                         break
+                    modes = _training_modes(model.module, modes)
                     for hook in progress.begin_hooks(hooks.on_epoch_begin):
                         hook(epoch, {})
                     step.begin_epoch(flags.window(epoch), run.batches.length)
@@ -264,6 +267,14 @@ def _located_errors(run: FitRun) -> Iterator[None]:
         raise
 
 
+def _training_modes(module: nn.Module, before: list[tuple[nn.Module, bool]]) -> list[tuple[nn.Module, bool]]:
+    """The modes that the next epoch trains in; those of before where a hook has left the whole module in eval mode."""
+    if not module.training:
+        for child, training in before:
+            child.training = training
+    return [(child, child.training) for child in module.modules()]
+
+
 @contextlib.contextmanager
 def _counted() -> Iterator[None]:
     token = _fits.set(_fits.get() + 1)
@@ -298,9 +309,10 @@ def _judge_losses(loss: float, first_bad: int | None, epoch: int, run: FitRun) -
             'ignored, or weigh nothing. Check the targets; on_nonfinite="ignore" records NaN instead.',
             epoch=epoch,
         )
+    causes = (run.step.explain_nonfinite(), run.batches.data.nonfinite())
     raise NonFiniteLossError(
         f"Expected finite training losses, received NaN or infinity in epoch {epoch + 1} (index {epoch}), for the "
-        f"first time in batch {first_bad + 1} (index {first_bad}). {run.step.explain_nonfinite()} Lower the learning "
+        f"first time in batch {first_bad + 1} (index {first_bad}). {' '.join(filter(None, causes))} Lower the learning "
         'rate, clip the gradients with gradient_clip_val=1.0, or check the data; on_nonfinite="stop" or "ignore" goes '
         "on without this error.",
         epoch=epoch,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitkit._types import OutputMeaning, Scale
-from fitkit.errors import check_number, classes_last, show, unknown_name
+from fitkit.errors import check_number, check_order, classes_last, show, unknown_name
 
 # A number where the host knows it, a 0-d tensor where only the device does.
 Weight = float | Tensor
@@ -122,7 +122,7 @@ class Loss:
         if self.built_in is not None and self.module.reduction == "none":  # type: ignore[union-attr]
             self.call = self.module = _with_reduction(self.module, "mean")
         self.reduction = getattr(self.module, "reduction", "mean")
-        self.meaning = _meaning(self.module, self.built_in)
+        self.meaning = _meaning(loss if self.module is None else self.module, self.built_in)
         self._class_weights = _on_host(self.module)
         # A module of the user's may be given other class weights later.
         self._is_users = self.module is loss
@@ -187,10 +187,19 @@ class Loss:
                 return Part(self.call(output, target), weight, target.numel())
             return Part(self._weighted(output, target, sample_weight, weight), weight, target.numel())
         except IndexError as error:  # torch's "Target 5 is out of bounds."
+            ignoring = f"{type(self.module).__name__}(ignore_index=...)"
             raise ValueError(
                 f"Expected class indices below {output.shape[1]}, the outputs for {self.argument}="
-                f"{self.built_in.function.__name__!r}, received another one: {error}"
+                f"{self.built_in.function.__name__!r}, received another one: {error} If it marks targets to ignore, "
+                f"pass loss=nn.{ignoring}."
             ) from error
+        except RuntimeError as error:
+            if self.built_in.function is F.binary_cross_entropy and (output.min() < 0 or output.max() > 1):
+                raise ValueError(
+                    f"Expected probabilities from 0 to 1 for {self.argument}='binary_cross_entropy', received outputs "
+                    f'from {float(output.min()):g} to {float(output.max()):g}. For logits use "bce_with_logits".'
+                ) from error
+            raise
 
     def _custom(self, output: Any, target: Any, size: int, sample_weight: Tensor | None) -> Part:
         if sample_weight is not None:
@@ -318,14 +327,22 @@ def fit_classes(output: Tensor, target: Tensor, name: str) -> Tensor:
             target = target.squeeze(1)
         if output.dim() > 1 and target.shape == output.shape[:1] + output.shape[2:]:
             return target if target.dtype == torch.int64 else target.long()
-    advice = classes_last(output, target) or (
-        " Convert class labels with .long() or .astype('int64'); for one output column use \"bce_with_logits\"."
-    )
     raise ValueError(
         f"Expected class indices of shape (N, ...) with an integer dtype, or probabilities of the output's shape "
         f"(N, C, ...), for {name}; received output of shape {tuple(output.shape)} and target of shape "
-        f"{tuple(target.shape)} and {target.dtype}.{advice}"
+        f"{tuple(target.shape)} and {target.dtype}.{classes_last(output, target) or _class_advice(output, target)}"
     )
+
+
+def _class_advice(output: Tensor, target: Tensor) -> str:
+    items = output.shape[:1] + output.shape[2:]
+    if output.dim() < 2 or output.shape[1] == 1:
+        return ' For one output column use "bce_with_logits".'
+    if target.is_floating_point() and target.shape in (items, (*items[:1], 1, *items[1:])):
+        return " Convert class labels with .long() or .astype('int64')."
+    if target.dim() == output.dim() > 2 and target.movedim(-1, 1).shape == output.shape:
+        return " The classes come second, as in the output: target.movedim(-1, 1)."
+    return " Their shapes differ: look at what made them."
 
 
 def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | None]:
@@ -344,6 +361,7 @@ def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | N
         for kind, built_in in BUILT_IN.items():
             if isinstance(loss, kind) and type(loss).forward is kind.forward:
                 return loss, built_in
+        check_order(argument, loss.forward)
         return loss, None
     options: Mapping[str, Any] = {}
     if isinstance(loss, partial) and not loss.args:
@@ -356,11 +374,14 @@ def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | N
         raise TypeError(
             f"Expected a name, a loss module or a callable loss(output, target), received {argument}={show(loss)}."
         )
+    check_order(argument, loss)
     return None, None
 
 
-def _meaning(module: nn.Module | None, built_in: BuiltIn | None) -> OutputMeaning:
-    ignored = getattr(module, "ignore_index", None)
+def _meaning(module: Any, built_in: BuiltIn | None) -> OutputMeaning:
+    """What the loss, a module or a callable of the user's, tells about the output."""
+    options = module.keywords if isinstance(module, partial) else {}
+    ignored = options.get("ignore_index", getattr(module, "ignore_index", None))
     if built_in is not None:
         return OutputMeaning(built_in.scale, ignored, isinstance(module, CLASS_LOSSES))
     for kind, parent in BUILT_IN.items():  # a subclass with a forward of its own still says what its outputs are

@@ -19,6 +19,7 @@ from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, implemented_hooks
 from fitkit.computation import ClassWeight, Compiled, UserStep
 from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
+from fitkit.data.inputs import check_columns, columns_of
 from fitkit.device import module_dtype, room_for_data
 from fitkit.distributed import Processes
 from fitkit.epoch_plans import plan_for_training, plan_for_validation
@@ -157,6 +158,8 @@ class Preparation:
                     "of them."
                 )
             held_out = as_batches(given.validation_data, None, None, validating)
+        if held_out is not None:
+            check_columns(held_out.inputs, columns_of(training.inputs))
         device = self.model.device
         room = room_for_data(device) // 2
         return training.kept_on(device, room), None if held_out is None else held_out.kept_on(device, room)
@@ -239,7 +242,10 @@ class Preparation:
         if sample_weight is not None:
             raise _both_weights()
         if not isinstance(class_weight, Mapping) or not class_weight:
-            raise TypeError(f"Expected {{class: weight}}, received class_weight={show(class_weight)}.")
+            raise TypeError(
+                f"Expected {{class: weight}}, received class_weight={show(class_weight)}. Classes weigh alike with "
+                "{c: len(y) / (classes * count of c)}."
+            )
         losses = self.compiled.losses
         if self.own.training is not None or losses is None or losses.names:
             raise ValueError(

@@ -424,7 +424,7 @@ class PredictStep:
     def _outputs_of(self, batch: Any, index: int) -> Any:
         if self._user_step is not None:
             return self._user_step(batch, index)
-        return batches_of.call(self._compiled.forward, batches_of.unpack(batch)[0])
+        return batches_of.forward(self._compiled.forward, batches_of.unpack(batch)[0])
 
     def skip(self, index: int) -> None:
         """A batch of which this process has no sample."""

@@ -292,3 +292,53 @@ def test_labels_that_are_text_are_told_to_be_encoded() -> None:
 def test_classes_that_come_last_are_told_to_be_moved() -> None:
     with pytest.raises(ValueError, match=r"Classes are dimension 1, as in torch: .* output.movedim\(-1, 1\)"):
         Loss("cross_entropy").fit_target(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long))
+
+
+def test_a_class_without_an_output_is_told_how_targets_are_ignored() -> None:
+    with pytest.raises(
+        ValueError, match=r"Target 255 is out of bounds\..* pass loss=nn\.CrossEntropyLoss\(ignore_index"
+    ):
+        Loss("cross_entropy")(torch.randn(2, 3), torch.tensor([0, 255]), 2)
+
+
+def test_bce_of_logits_names_bce_with_logits() -> None:
+    with pytest.raises(ValueError, match=r"outputs from -2 to 3\. For logits use \"bce_with_logits\""):
+        Loss("bce")(torch.tensor([[-2.0], [3.0]]), torch.ones(2, 1), 2)
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "advice"),
+    [
+        (torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4), r"Convert class labels with \.long"),
+        (torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, 3), r"target\.movedim\(-1, 1\)"),
+        (torch.randn(2, 3, 4, 4), torch.zeros(2, 2, 2, dtype=torch.int64), "Their shapes differ"),
+        (torch.randn(2, 1), torch.zeros(2), "bce_with_logits"),
+    ],
+)
+def test_targets_that_fit_no_classes_get_the_advice_for_their_case(output: Tensor, target: Tensor, advice: str) -> None:
+    with pytest.raises(ValueError, match=rf"Expected class indices .*{advice}"):
+        Loss("cross_entropy").fit_target(output, target)
+
+
+def keras_order(y_true: Tensor, y_pred: Tensor) -> Tensor:
+    return (y_true - y_pred).square().mean()
+
+
+class KerasOrder(nn.Module):
+    def forward(self, target: Tensor, output: Tensor) -> Tensor:
+        return (target - output).square().mean()
+
+
+@pytest.mark.parametrize("loss", [keras_order, KerasOrder(), functools.partial(keras_order)])
+def test_a_loss_in_the_order_of_keras_is_refused(loss: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected a callable\(output, target\), torch's order.*\((y_true|target), "):
+        Loss(loss)
+
+
+def test_ignored_targets_of_a_loss_of_ones_own_are_read_from_its_attribute_or_option() -> None:
+    def own(output: Tensor, target: Tensor, ignore_index: int = 7) -> Tensor:
+        return F.cross_entropy(output, target, ignore_index=ignore_index)
+
+    assert Loss(functools.partial(own, ignore_index=7)).meaning.ignore_index == 7
+    own.ignore_index = 7  # type: ignore[attr-defined]
+    assert Loss(own).meaning.ignore_index == 7

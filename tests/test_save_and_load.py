@@ -310,3 +310,12 @@ def test_load_weights_refuses_the_state_of_another_module(tmp_path: Path) -> Non
     model.save(tmp_path / "state.pt")
     with pytest.raises(fitkit.CheckpointError, match="state.pt does not fit the module"):
         fitkit.Model(nn.Linear(2, 1), device="cpu").load_weights(tmp_path / "state.pt")
+
+
+def test_the_weights_of_a_whole_state_are_loaded_without_compile(tmp_path: Path) -> None:
+    model = fitted()
+    model.save(tmp_path / "file")
+    plain = fitkit.Model(copy.deepcopy(compiled().module), device="cpu")
+    plain.load_weights(tmp_path / "file")
+    assert same(plain.module.state_dict(), model.module.state_dict())
+    assert not plain.history.epoch

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from fitkit.callbacks.callback import Callback
 from fitkit.errors import nearest, show
 
@@ -22,6 +24,17 @@ HOOKS: dict[str, tuple[str, ...]] = {
     for name, function in vars(Callback).items()
     if name.startswith("on_")
 }
+
+# What other libraries and older versions of Keras call the same moments, part by part of a name.
+SYNONYMS = (
+    ("_start", "_begin"),
+    ("validation_", "test_"),
+    ("on_batch_", "on_train_batch_"),
+    ("fit_", "train_"),
+    ("train_epoch_", "epoch_"),
+    ("test_epoch_", "test_"),
+    ("predict_epoch_", "predict_"),
+)
 
 
 @final
@@ -149,9 +162,17 @@ def _advice(value: object) -> str:
         return f"It is a class: pass an instance, {value.__name__}(...)."
     if value is None:
         return "Leave it out."
+    if isinstance(value, LRScheduler):
+        return "A torch scheduler is passed as fitkit.callbacks.LRScheduler(lambda optimizer: ...)."
     if callable(value):
         return "A function is passed as LambdaCallback(on_epoch_end=function)."
-    return ""
+    return "Derive its class from Callback."
+
+
+def _in_our_words(name: str) -> str:
+    for theirs, ours in SYNONYMS:
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _check_names(callback: Callback) -> None:
@@ -163,8 +184,9 @@ def _check_names(callback: Callback) -> None:
         attribute = inspect.getattr_static(callback, name)
         if callable(attribute) or isinstance(attribute, (classmethod, staticmethod)):
             raise ValueError(
-                f"{type(callback).__name__}.{name} is no hook and would never be called.{nearest(name, HOOKS)} "
-                f"The hooks are {', '.join(HOOKS)}; give any other method a name that does not start with on_."
+                f"{type(callback).__name__}.{name} is no hook and would never be called."
+                f"{nearest(_in_our_words(name), HOOKS)} The hooks are {', '.join(HOOKS)}; give any other method a name "
+                "that does not start with on_."
             )
 
 

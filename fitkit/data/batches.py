@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 
 from fitkit.batch import Share, part_of, samples_of
+from fitkit.data.inputs import Input
 from fitkit.device import random_state, restore_random_state
 from fitkit.distributed import Processes
 
@@ -63,6 +64,11 @@ class Batches(abc.ABC):
         return {} if self.length is None else {"the number of batches": self.length}
 
     @property
+    def inputs(self) -> Sequence[Input]:
+        """The arrays of x; none where only a batch tells."""
+        return ()
+
+    @property
     def extent(self) -> tuple[int, int] | None:
         """Samples in one pass, and in each of its batches but a smaller last one; None where the data does not tell."""
         return None
@@ -105,6 +111,10 @@ class Batches(abc.ABC):
             most_bytes: that the data may take there.
         """
         return self
+
+    def nonfinite(self) -> str | None:
+        """A sentence that says where the data hold NaN or infinity; None where they do not, or only a batch tells."""
+        return None
 
     def in_large_batches(self) -> Batches:
         """The same data in larger batches, where nobody chose their size and the numbers do not depend on it."""

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from fitkit._types import OutputMeaning, Structure
 from fitkit.metrics.names import NamedMetric
-from fitkit.metrics.readings import Given, Reading, Rows, check_pair, check_scale, read_classes, read_values
+from fitkit.metrics.readings import (
+    Given,
+    Reading,
+    Rows,
+    check_classes,
+    check_pair,
+    check_scale,
+    read_classes,
+    read_values,
+)
 from fitkit.metrics.states import Keeper, apart, join_into, load_into, state_of
 
 # How many batches wait, and how many elements they hold together at most: half a MB of float32. On the CPU a batch of
@@ -147,6 +156,8 @@ class Gathering:
                     )
                 if reading.task in metric.needs_scale:
                     check_scale(key, reading)
+            if reading.scale == "unknown":  # a loss of torch's refuses such targets by itself
+                check_classes(self._names, reading, reading.align(output, target)[1])
             self._build(reading)
             return
         by_column = reading.task != "regression" or any(metric.given is Rows.columns for metric in self._named.values())
@@ -179,8 +190,12 @@ class Gathering:
             pieces = [joined] if rows >= len(joined[0]) else zip(*(part.split(rows) for part in joined), strict=True)
             for piece in pieces:
                 together = Rows(self._reading, *piece)
-                for (_, given), metric in self._keepers.items():
-                    metric.update(*given(together))
+                try:
+                    for (_, given), metric in self._keepers.items():
+                        metric.update(*given(together))
+                except (RuntimeError, IndexError):
+                    check_classes(self._names, self._reading, together.target)
+                    raise
 
     def _joined(self) -> tuple[Tensor, ...]:
         if len(self._held) == 1:

@@ -69,6 +69,21 @@ class Reading:
         return tensor if tensor.ndim == 2 else tensor.movedim(1, -1).reshape(-1, self.columns)
 
 
+def check_classes(names: str, reading: Reading, target: Tensor) -> None:
+    """Refuses targets that are none of the output's classes, and not what the loss says it ignores."""
+    if reading.task != "multiclass" or target.is_floating_point() or not target.numel():
+        return
+    known = target if reading.ignore_index is None else target[target != reading.ignore_index]
+    outside = known[(known < 0) | (known >= reading.columns)]
+    if outside.numel():
+        value = int(outside[0])
+        raise ValueError(
+            f"The metrics {names} expect classes from 0 to {reading.columns - 1}, as many as the output has, received "
+            f"the target {value}. If the loss ignores it, let it say so: nn.CrossEntropyLoss(ignore_index={value}), or "
+            f"of a loss of your own an attribute, loss.ignore_index = {value}."
+        )
+
+
 def _flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 1 else tensor.reshape(-1)
 
