@@ -62,7 +62,7 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
         return batch[0], None, None
     if parts == 3:
         return batch[0], batch[1], batch[2]
-    if all(isinstance(part, (int, float)) for part in batch):
+    if parts and all(isinstance(part, (int, float)) for part in batch):
         raise ValueError(
             f"Expected batches of tensors, received a {type(batch).__name__} of {parts} numbers. Make lists of numbers "
             "an array, with torch.tensor(...) or numpy.array(...)."
