@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fitkit.errors import show
+from fitkit.errors import add_note, show
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
     Raises:
         ValueError: a tuple or list of none or of more than three.
     """
+    if type(batch) is tuple and len(batch) == 2:  # the usual case
+        return batch[0], batch[1], None
     if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence):
         return batch, None, None
     parts = len(batch)
@@ -59,6 +62,11 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
         return batch[0], None, None
     if parts == 3:
         return batch[0], batch[1], batch[2]
+    if parts and all(isinstance(part, (int, float)) for part in batch):
+        raise ValueError(
+            f"Expected batches of tensors, received a {type(batch).__name__} of {parts} numbers. Make lists of numbers "
+            "an array, with torch.tensor(...) or numpy.array(...)."
+        )
     raise ValueError(
         f"Expected batches of x, (x, y) or (x, y, sample_weight), received a {type(batch).__name__} of {parts}. Nest "
         "several inputs, ((a, b), y), or override training_step, which is given the batch as it is."
@@ -150,15 +158,69 @@ def mapped(function: Callable[[Tensor], Any], structure: Any) -> Any:
     return structure
 
 
+def forward(module: Callable[..., Any], x: Any) -> Any:
+    """`call`, whose errors say what the module was called on."""
+    try:
+        return module(x) if isinstance(x, Tensor) else call(module, x)
+    except Exception as error:
+        note_input(error, x)
+        raise
+
+
+def note_input(error: Exception, x: Any) -> None:
+    """Says in an error of a module what it was called on."""
+    add_note(error, f"The module was called on {_shown(x)}.")
+
+
+def _shown(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+    if isinstance(x, Mapping):
+        return ", ".join(f"{key}={_shown(value)}" for key, value in x.items())
+    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
+        return f"({', '.join(map(_shown, x))})"
+    return show(x)
+
+
 def call(module: Callable[..., Any], x: Any) -> Any:
     """The module's output: ``module(x)``, ``module(*x)`` for a tuple or list, ``module(**x)`` for a mapping."""
     if isinstance(x, Tensor):
         return module(x)
+    positional: Sequence[Any] = ()
+    keywords: Mapping[str, Any] = {}
     if isinstance(x, Mapping):
-        return module(**x)
-    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
-        return module(*x)
-    return module(x)
+        keywords = x
+    elif isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
+        positional = x
+    else:
+        positional = (x,)
+    try:
+        return module(*positional, **keywords)
+    except TypeError as error:
+        _explain_arguments(error, module, positional, keywords)
+        raise
+
+
+def _explain_arguments(
+    error: TypeError, module: Callable[..., Any], positional: Sequence[Any], keywords: Mapping[str, Any]
+) -> None:
+    """Says below the error how x became arguments, if they are not those of the module's forward."""
+    forward = getattr(module, "forward", module)
+    try:
+        takes = inspect.signature(forward)
+    except (TypeError, ValueError):
+        return
+    try:
+        takes.bind(*positional, **keywords)
+    except TypeError:
+        given = f"the keywords {', '.join(map(str, keywords))}" if keywords else f"{len(positional)} arguments"
+        add_note(
+            error,
+            f"The inputs went to the module as {given}; its forward takes ({', '.join(takes.parameters)}). A dict goes "
+            "there as keywords, a list as arguments. Targets stand beside the inputs, (inputs, targets), also in a "
+            "Dataset and a DataLoader. For batches of another form override training_step, validation_step and "
+            "predict_step, which are given them as they are.",
+        )
 
 
 def tensors(structure: Any) -> Iterator[Tensor]:

@@ -78,6 +78,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(cast(BinaryIO, file))
             file.flush()
             os.fsync(file.fileno())
+            opened = os.fstat(file.fileno())
+        if not os.path.samestat(opened, os.stat(temporary)):
+            # safetensors puts a file of its own, which its owner alone may read, in the place of this one.
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, stat.S_IMODE(opened.st_mode))
         os.replace(temporary, target)
     except BaseException:
         # Where the folder itself has gone, so has the file.
@@ -153,7 +159,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Fills the module from a file of :func:`save_weights`, or from any file of a state_dict that torch wrote.
+    """Fills the module from a file of :func:`save_weights`, of a whole training state, or of a state_dict of torch's.
 
     Every name and shape has to fit, after the module's own hooks for older files had their say; otherwise the module
     is left as it was. Values take the dtype and device of the module's tensors. A name that the file lacks is filled
@@ -168,7 +174,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
         OSError: there is no such file, or it cannot be read.
         ImportError: a ``.safetensors`` path without the package safetensors.
     """
-    state = _from_safetensors(path) if _is_safetensors(path) else _read_archive(path, "weights")
+    state = _from_safetensors(path) if _is_safetensors(path) else _read_archive(path, "weights", "state")
+    if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
+        state = state["weights"]
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"{os.fspath(path)} holds no state_dict but {show(state)}.")
     fill(module, state, path)
@@ -253,9 +261,9 @@ def _loadable(value: Any, where: str) -> Any:
 # Reading
 
 
-def _read_archive(path: Path, content: Content) -> Any:
+def _read_archive(path: Path, content: Content, *or_else: Content) -> Any:
     with open(path, "rb") as file:
-        _verify(file, os.fspath(path), content)
+        _verify(file, os.fspath(path), content, *or_else)
         file.seek(0)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -267,7 +275,7 @@ def _read_archive(path: Path, content: Content) -> Any:
             ) from error
 
 
-def _verify(file: BinaryIO, path: str, content: Content) -> None:
+def _verify(file: BinaryIO, path: str, content: Content, *or_else: Content) -> None:
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         raise CheckpointError(f"{path} is empty.")
@@ -283,7 +291,7 @@ def _verify(file: BinaryIO, path: str, content: Content) -> None:
         raise CheckpointError(
             f"{path} is of format {number}, written by a newer fitkit; this one reads up to format {FORMAT}."
         )
-    if found != content:
+    if found not in (content, *or_else):
         method = METHODS.get(found, f"what wrote its {found}")
         raise CheckpointError(f"{path} holds no {content} but {found}. Use {method} for it.")
 

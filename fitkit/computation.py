@@ -37,6 +37,7 @@ class Compiled:
         optimizer: None when nothing can be trained.
         scaler: for "16-mixed".
         channels_last: whether images are given to the module in that memory format.
+        left_out: names of the trainable parameters that the user gave to no optimizer.
     """
 
     module: nn.Module
@@ -48,6 +49,7 @@ class Compiled:
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     channels_last: bool = False
+    left_out: frozenset[str] = frozenset()
 
 
 class Outcome(NamedTuple):
@@ -100,16 +102,24 @@ class Computation:
         if self._user_step is not None:
             return self._user_outcome(self._user_step(batch, index), batch)
         x, y, sample_weight = batches_of.unpack(batch)
-        output = self._forward(x) if isinstance(x, Tensor) else batches_of.call(self._forward, x)
-        size = batches_of.count_samples(x, y)
         losses = self._compiled.losses
-        if losses is None:
-            return self._own_outcome(output, batch, size)
-        if y is None:
+        if y is None and losses is not None:
+            alone, advice = "x alone", "Pass y"
+            if isinstance(x, Mapping):
+                alone = f"a dict of {', '.join(map(str, x))}, all of it inputs"
+                advice = "Let the data give (inputs, target)"
             raise ValueError(
-                "Expected batches of (x, y) since compile was given a loss; received batches of x alone. Pass y, or "
+                f"Expected batches of (x, y) since compile was given a loss; received batches of {alone}. {advice}, or "
                 "compile(loss=None) for a module that returns its loss, or override training_step."
             )
+        try:
+            output = self._forward(x) if isinstance(x, Tensor) else batches_of.call(self._forward, x)
+        except Exception as error:
+            batches_of.note_input(error, x)
+            raise
+        size = batches_of.count_samples(x, y)
+        if losses is None:
+            return self._own_outcome(output, batch, size)
         if self._class_weight is not None:
             sample_weight = self._class_weight(output, y, sample_weight)
         loss = self._loss
@@ -174,9 +184,12 @@ class Computation:
         if weight is None:
             weight = batches_of.count_samples(*batches_of.unpack(batch)[:2] if _is_batch(batch) else (batch, None))
         weight = check_weight("weight returned by the step", weight)
-        outputs, targets = (
-            ([extra.pop("output")], [extra.pop("target")]) if {"output", "target"} <= set(extra) else ([], [])
-        )
+        outputs, targets = [], []
+        if {"output", "target"} <= set(extra):
+            outputs, targets = [extra.pop("output")], [extra.pop("target")]
+            if self._compiled.losses is not None and self._compiled.metrics.names:
+                outputs = self._compiled.losses.select(outputs[0], "the step's 'output'")
+                targets = self._compiled.losses.select(targets[0], "the step's 'target'")
         for name, value in extra.items():
             if name == "batch_loss" or name.startswith(("val_", "grad_")):
                 raise ValueError(f"Expected another name for the step's {name!r}, which fitkit uses itself.")

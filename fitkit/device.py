@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from fitkit._types import Precision
 from fitkit.errors import show
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -63,10 +65,10 @@ def module_dtype(module: nn.Module) -> torch.dtype:
     return next(floating, torch.get_default_dtype())
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which forward and loss run; it can be entered again and again."""
+def autocasting(function: Function, precision: Precision, device: torch.device) -> Function:
+    """The function with its operations in the user's precision; itself where that is each tensor's own."""
     dtype = AUTOCAST_DTYPES.get(precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    return function if dtype is None else torch.autocast(device.type, dtype=dtype)(function)
 
 
 def move(batch: Any, device: torch.device, dtype: torch.dtype | None = None, *, channels_last: bool = False) -> Any:

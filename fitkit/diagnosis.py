@@ -39,7 +39,10 @@ def explain_nonfinite(module: nn.Module, batch: Any, forward: Callable[[], Any],
     if found is not None:
         return f"{weights}The first module whose output on the last batch is not finite is {found}."
     if bad:
-        return f"{weights}An earlier batch holds NaN or infinity, or its loss was, or a step was too large."
+        return (
+            f"{weights}That batch or one before it holds NaN or infinity, or its loss was, or a step was too large, or "
+            "the weights were not finite before."
+        )
     return "No module's output is not finite by itself: steps that are too large, or the loss, made it so."
 
 

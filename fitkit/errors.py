@@ -7,10 +7,11 @@ public exception types and the small checks that all floors share; it knows noth
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import operator
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +74,13 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def classes_last(output: torch.Tensor, target: torch.Tensor) -> str:
+    """A sentence about where classes stand, if they are likely to be the output's last dimension; else nothing."""
+    if output.ndim < 3 or target.is_floating_point() or target.shape != output.shape[:-1]:
+        return ""
+    return " Classes are dimension 1, as in torch: for an output (N, ..., C) write output.movedim(-1, 1)."
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A sentence that names the nearest known word, or nothing when none is near."""
     matches = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
@@ -83,6 +91,24 @@ def unknown_name(argument: str, value: str, known: Iterable[str]) -> ValueError:
     """The error for a name that is in no list: the list, and the nearest of its names."""
     names = sorted(known)
     return ValueError(f"Unknown name: {argument}={value!r}.{nearest(value, names)} Known names: {', '.join(names)}.")
+
+
+# What functions in the order of Keras and scikit-learn, (y_true, y_pred), call their first two parameters.
+_TARGETS = ("y_true", "true", "truth", "target", "targets", "label", "labels")
+_OUTPUTS = ("y_pred", "y_score", "y_proba", "output", "outputs", "pred", "preds", "prediction", "predictions", "logits")
+
+
+def check_order(argument: str, function: Callable[..., Any]) -> None:
+    """Refuses a function whose parameters say that it takes the target first: both are tensors, so it would run."""
+    try:
+        parameters = list(inspect.signature(function).parameters)[:2]
+    except (TypeError, ValueError):  # Some functions written in C tell nothing about their parameters.
+        return
+    if len(parameters) == 2 and parameters[0] in _TARGETS and parameters[1] in _OUTPUTS:
+        raise ValueError(
+            f"Expected a callable(output, target), torch's order, received {argument}={show(function)} with the "
+            f"parameters ({', '.join(parameters)}). Swap them, or write lambda output, target: f(target, output)."
+        )
 
 
 def check_integer(argument: str, value: Any, *, least: int) -> int:

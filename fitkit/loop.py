@@ -45,6 +45,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from torch import nn
+
 from fitkit._types import ModelProtocol
 from fitkit.callbacks import EarlyStopping
 from fitkit.callbacks.hooks import HookTable, finish
@@ -133,10 +136,12 @@ def fit(run: FitRun) -> None:
                 hook({})
             # A run that goes on from a file may begin at any stage of an epoch.
             progress.restore()
+            modes = [(child, child.training) for child in model.module.modules()]
             for epoch in range(progress.epoch, flags.last_epoch):
                 if progress.stage == "begin":
                     if model.stop_training:
                         break
+                    modes = _training_modes(model.module, modes)
                     for hook in progress.begin_hooks(hooks.on_epoch_begin):
                         hook(epoch, {})
                     step.begin_epoch(flags.window(epoch), run.batches.length)
@@ -169,9 +174,10 @@ def evaluate(run: TestRun) -> dict[str, float]:
         model.module.eval()
         for hook in hooks.on_test_begin:
             hook({})
+        before, after = hooks.on_test_batch_begin, hooks.on_test_batch_end
         step.begin_epoch()
-        with contextlib.closing(run.batches.epoch()) as batches:
-            run_batches(batches, run.take_batch, hooks.on_test_batch_begin, hooks.on_test_batch_end)
+        with _without_gradients(run, before, after), contextlib.closing(run.batches.epoch()) as batches:
+            run_batches(batches, run.take_batch, before, after)
         logs = step.epoch_logs()
         finish(hooks.on_test_end, logs)
     return logs
@@ -184,8 +190,9 @@ def predict(run: PredictRun) -> list[Any]:
         model.module.eval()
         for hook in hooks.on_predict_begin:
             hook({})
-        with contextlib.closing(run.batches.epoch()) as batches:
-            run_batches(batches, run.take_batch, hooks.on_predict_batch_begin, hooks.on_predict_batch_end)
+        before, after = hooks.on_predict_batch_begin, hooks.on_predict_batch_end
+        with _without_gradients(run, before, after), contextlib.closing(run.batches.epoch()) as batches:
+            run_batches(batches, run.take_batch, before, after)
         finish(hooks.on_predict_end, {})
     return step.outputs
 
@@ -208,6 +215,14 @@ def run_batches(
         if stoppable is not None and stoppable.stop_training:
             break
     step.finish()
+
+
+def _without_gradients(
+    run: TestRun | PredictRun, before: list[Hook], after: list[Hook]
+) -> contextlib.AbstractContextManager[None]:
+    """No gradients, once for all batches: where the user's code may run between them, a step does it for each."""
+    is_alone = not before and not after and run.batches.data.self_contained
+    return torch.no_grad() if is_alone else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -241,14 +256,23 @@ def _located_errors(run: FitRun) -> Iterator[None]:
         if run.progress.saved is not None:
             raise  # the run has not come to the place that it goes on from
         epoch, plan = run.progress.epoch, run.batches
-        place = f"epoch {epoch + 1} (index {epoch})"
+        place, failed_at = f"epoch {epoch + 1} (index {epoch})", None
         if run.progress.stage == "validate" and run.validation is not None:
-            place, plan = f"the validation of {place}", run.validation.batches
+            place, plan, failed_at = f"the validation of {place}", run.validation.batches, run.validation.step.failed_at
         if run.progress.stage in ("train", "validate"):
             batch = plan.given if plan.failed else max(plan.given - 1, 0)
+            batch = batch if failed_at is None else failed_at
             place += f", batch {batch + 1} (index {batch})"
         add_note(error, f"This came up in {place}.")
         raise
+
+
+def _training_modes(module: nn.Module, before: list[tuple[nn.Module, bool]]) -> list[tuple[nn.Module, bool]]:
+    """The modes that the next epoch trains in; those of before where a hook has left the whole module in eval mode."""
+    if not module.training:
+        for child, training in before:
+            child.training = training
+    return [(child, child.training) for child in module.modules()]
 
 
 @contextlib.contextmanager
@@ -285,9 +309,10 @@ def _judge_losses(loss: float, first_bad: int | None, epoch: int, run: FitRun) -
             'ignored, or weigh nothing. Check the targets; on_nonfinite="ignore" records NaN instead.',
             epoch=epoch,
         )
+    causes = (run.step.explain_nonfinite(), run.batches.data.nonfinite())
     raise NonFiniteLossError(
         f"Expected finite training losses, received NaN or infinity in epoch {epoch + 1} (index {epoch}), for the "
-        f"first time in batch {first_bad + 1} (index {first_bad}). {run.step.explain_nonfinite()} Lower the learning "
+        f"first time in batch {first_bad + 1} (index {first_bad}). {' '.join(filter(None, causes))} Lower the learning "
         'rate, clip the gradients with gradient_clip_val=1.0, or check the data; on_nonfinite="stop" or "ignore" goes '
         "on without this error.",
         epoch=epoch,

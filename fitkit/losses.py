@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitkit._types import OutputMeaning, Scale
-from fitkit.errors import check_number, show, unknown_name
+from fitkit.errors import check_number, check_order, classes_last, show, unknown_name
 
 # A number where the host knows it, a 0-d tensor where only the device does.
 Weight = float | Tensor
@@ -75,6 +75,8 @@ SHORT_NAMES: dict[str, type[nn.Module]] = {
 }
 # Up to so many targets are counted faster one by one than by NumPy.
 SHORT = 128
+# Items of a list that a message shows.
+SHOWN = 4
 
 # What to write for the names that users of Keras try first.
 KERAS_NAMES = {
@@ -120,18 +122,26 @@ class Loss:
         if self.built_in is not None and self.module.reduction == "none":  # type: ignore[union-attr]
             self.call = self.module = _with_reduction(self.module, "mean")
         self.reduction = getattr(self.module, "reduction", "mean")
-        self.meaning = _meaning(self.module, self.built_in)
+        self.meaning = _meaning(loss if self.module is None else self.module, self.built_in)
         self._class_weights = _on_host(self.module)
         # A module of the user's may be given other class weights later.
         self._is_users = self.module is loss
         self._counted_weight = getattr(self.module, "weight", None)
         # "sum" has no denominator: windows add up, and only the report divides, by samples.
         self.adds_up = self.reduction == "sum"
+        averages: Averages = "samples" if self.built_in is None else self.built_in.averages
+        self._averages = "samples" if self.adds_up or self.reduction == "batchmean" else averages
         self._items: Callable[..., Tensor] | None = _item_losses(self.call if self.module is None else self.module)
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """Moves class weights and other tensors of the loss to the device, and to the dtype where one is given."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None, outputs: torch.dtype | None = None) -> None:
+        """Moves class weights and other tensors of the loss to the device, and to the dtype where one is given.
+
+        Class weights come out of NumPy and scikit-learn as float64, which torch refuses beside other outputs: in
+        torch's own losses float64 becomes the dtype of the outputs, where that is given.
+        """
         if self.module is not None:
+            if self.built_in is not None and any(tensor.dtype == torch.float64 for tensor in self.module.buffers()):
+                dtype = dtype or outputs
             self.module.to(device=device, dtype=dtype)
             self._class_weights = _on_host(self.module)
             self._items = _item_losses(self.call if self.module is None else self.module)
@@ -145,6 +155,12 @@ class Loss:
         settings = {name: value for name, value in vars(self.module).items() if isinstance(value, (int, float, str))}
         shown = [f"{name}={value!r}" for name, value in settings.items() if name[0] != "_" and name != "training"]
         return f"{type(self.module).__name__}({', '.join(shown)})"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one of torch's, and nobody listens to its calls."""
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return self.built_in is not None and not any(getattr(self.module, name) for name in hooks)
 
     @property
     def weight_depends_on_targets(self) -> bool:
@@ -171,10 +187,19 @@ class Loss:
                 return Part(self.call(output, target), weight, target.numel())
             return Part(self._weighted(output, target, sample_weight, weight), weight, target.numel())
         except IndexError as error:  # torch's "Target 5 is out of bounds."
+            ignoring = f"{type(self.module).__name__}(ignore_index=...)"
             raise ValueError(
                 f"Expected class indices below {output.shape[1]}, the outputs for {self.argument}="
-                f"{self.built_in.function.__name__!r}, received another one: {error}"
+                f"{self.built_in.function.__name__!r}, received another one: {error} If it marks targets to ignore, "
+                f"pass loss=nn.{ignoring}."
             ) from error
+        except RuntimeError as error:
+            if self.built_in.function is F.binary_cross_entropy and (output.min() < 0 or output.max() > 1):
+                raise ValueError(
+                    f"Expected probabilities from 0 to 1 for {self.argument}='binary_cross_entropy', received outputs "
+                    f'from {float(output.min()):g} to {float(output.max()):g}. For logits use "bce_with_logits".'
+                ) from error
+            raise
 
     def _custom(self, output: Any, target: Any, size: int, sample_weight: Tensor | None) -> Part:
         if sample_weight is not None:
@@ -223,11 +248,17 @@ class Loss:
         if self.built_in is None:
             return target
         if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+            advice = (
+                "With several outputs give a loss for each, as a list or dict; without targets override training_step."
+            )
+            if isinstance(target, (list, tuple)) and any(isinstance(each, str) for each in target):
+                advice = (
+                    "Encode labels that are text as integers, for example by numpy.unique(labels, return_inverse=True)."
+                )
             raise TypeError(
                 "Expected one output tensor and one target tensor for "
                 f"{self.argument}={self.built_in.function.__name__!r}, received output={show_structure(output)} and "
-                f"target={show_structure(target)}. With several outputs give a loss for each, as a list or a dict; "
-                "without targets override training_step."
+                f"target={show_structure(target)}. {advice}"
             )
         if self.meaning.classes:
             if target.dtype is torch.int64 and output.dim() == 2 and target.shape == output.shape[:1]:
@@ -238,27 +269,24 @@ class Loss:
         return fit_elements(output, target, self.built_in.function.__name__)
 
     def _weight(self, output: Tensor, target: Tensor, size: int, host_target: Any) -> Weight:
-        assert self.built_in is not None
-        if self.adds_up or self.built_in.averages == "samples" or self.reduction == "batchmean":
-            return size
-        if self.built_in.averages == "elements":
-            return output.numel()
-        if target.is_floating_point():
+        if self._averages == "targets":
+            if not target.is_floating_point():
+                return self._count(target if host_target is None or not host_target.is_cpu else host_target)
             return target.numel() // target.shape[1] if target.dim() > 1 else 1
-        return self._count(host_target if isinstance(host_target, Tensor) and host_target.is_cpu else target)
+        return size if self._averages == "samples" else output.numel()
 
     def _count(self, target: Tensor) -> Weight:
         """The number of targets that are not ignored, or the sum of their class weights."""
-        assert isinstance(self.module, (nn.CrossEntropyLoss, nn.NLLLoss))  # the losses that average over targets
-        ignored = self.module.ignore_index
-        if self._is_users and self.module.weight is not self._counted_weight:
-            self._class_weights = _on_host(self.module)
-            self._counted_weight = self.module.weight
+        module: Any = self.module  # of the losses that average over targets
+        ignored: int = module.ignore_index
+        if self._is_users and module.weight is not self._counted_weight:
+            self._class_weights = _on_host(module)
+            self._counted_weight = module.weight
         if not target.is_cpu:
             kept = target != ignored
             if self._class_weights is None:
                 return kept.sum()
-            return (self.module.weight[target.clamp(min=0)] * kept).sum()  # type: ignore[index]
+            return (module.weight[target.clamp(min=0)] * kept).sum()  # type: ignore[no-any-return]
         # What is on the host is counted without asking torch for a number: a short list as it is, the rest by NumPy.
         if self._class_weights is None and target.dim() == 1 and target.shape[0] <= SHORT:
             return target.shape[0] - target.tolist().count(ignored)
@@ -302,9 +330,19 @@ def fit_classes(output: Tensor, target: Tensor, name: str) -> Tensor:
     raise ValueError(
         f"Expected class indices of shape (N, ...) with an integer dtype, or probabilities of the output's shape "
         f"(N, C, ...), for {name}; received output of shape {tuple(output.shape)} and target of shape "
-        f"{tuple(target.shape)} and {target.dtype}. Convert class labels with .long() or .astype('int64'); for one "
-        'output column use "bce_with_logits".'
+        f"{tuple(target.shape)} and {target.dtype}.{classes_last(output, target) or _class_advice(output, target)}"
     )
+
+
+def _class_advice(output: Tensor, target: Tensor) -> str:
+    items = output.shape[:1] + output.shape[2:]
+    if output.dim() < 2 or output.shape[1] == 1:
+        return ' For one output column use "bce_with_logits".'
+    if target.is_floating_point() and target.shape in (items, (*items[:1], 1, *items[1:])):
+        return " Convert class labels with .long() or .astype('int64')."
+    if target.dim() == output.dim() > 2 and target.movedim(-1, 1).shape == output.shape:
+        return " The classes come second, as in the output: target.movedim(-1, 1)."
+    return " Their shapes differ: look at what made them."
 
 
 def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | None]:
@@ -323,6 +361,7 @@ def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | N
         for kind, built_in in BUILT_IN.items():
             if isinstance(loss, kind) and type(loss).forward is kind.forward:
                 return loss, built_in
+        check_order(argument, loss.forward)
         return loss, None
     options: Mapping[str, Any] = {}
     if isinstance(loss, partial) and not loss.args:
@@ -335,11 +374,14 @@ def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | N
         raise TypeError(
             f"Expected a name, a loss module or a callable loss(output, target), received {argument}={show(loss)}."
         )
+    check_order(argument, loss)
     return None, None
 
 
-def _meaning(module: nn.Module | None, built_in: BuiltIn | None) -> OutputMeaning:
-    ignored = getattr(module, "ignore_index", None)
+def _meaning(module: Any, built_in: BuiltIn | None) -> OutputMeaning:
+    """What the loss, a module or a callable of the user's, tells about the output."""
+    options = module.keywords if isinstance(module, partial) else {}
+    ignored = options.get("ignore_index", getattr(module, "ignore_index", None))
     if built_in is not None:
         return OutputMeaning(built_in.scale, ignored, isinstance(module, CLASS_LOSSES))
     for kind, parent in BUILT_IN.items():  # a subclass with a forward of its own still says what its outputs are
@@ -423,5 +465,6 @@ def show_structure(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {show_structure(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {len(value)}: " + ", ".join(map(show_structure, value))
+        first, more = value[:SHOWN], ", ..." if len(value) > SHOWN else ""
+        return f"{type(value).__name__} of {len(value)}: " + ", ".join(map(show_structure, first)) + more
     return show(value)

@@ -21,11 +21,14 @@ from fitkit.callbacks import (
     Callback,
     EarlyStopping,
 )
+from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks
 from fitkit.checkpoints import load_weights, save_state, save_weights
 from fitkit.computation import Compiled, UserStep, total_loss
-from fitkit.data import EpochPlan, as_batches, kept_generators
-from fitkit.device import kept_modes, kept_random_state, resolve_device
+from fitkit.data import Batches, EpochPlan, as_batches, kept_generators
+from fitkit.data.arrays import Layout
+from fitkit.data.inputs import check_columns, check_is_batch, columns_of
+from fitkit.device import kept_modes, kept_random_state, module_dtype, resolve_device
 from fitkit.distributed import (
     Processes,
     by_first,
@@ -45,13 +48,13 @@ from fitkit.history import History
 from fitkit.learning_rate_finder import LearningRateCurve, RangeTest, undone
 from fitkit.metrics import CompiledMetrics
 from fitkit.microbatches import report_size
-from fitkit.optimization import OptimizerArgument, follow_parameters, make_optimizer
+from fitkit.optimization import OptimizerArgument, follow_parameters, left_out, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.preparation import OwnSteps, Preparation
 from fitkit.shared_steps import SharedStep, joined_outputs
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters
 from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
-from fitkit.training_state import Progress, load_model, model_state, read_training_state
+from fitkit.training_state import Progress, load_model, model_state, read_training_state, warned_of_untrained
 
 if TYPE_CHECKING:
     from fitkit.plan import Plan
@@ -106,6 +109,7 @@ class Model:
         self._progress: Progress | None = None
         self._ended: Callable[[], dict[str, Any] | None] = _nothing
         self._latest_input: Any = None
+        self._columns: dict[str, tuple[str, ...]] = {}
 
     @property
     def module(self) -> nn.Module:
@@ -175,7 +179,7 @@ class Model:
                 "convolutions). Leave it out, or call module.to(memory_format=torch.channels_last_3d) yourself."
             )
         if losses is not None:
-            losses.to(self.device, torch.float64 if precision == "64-true" else None)
+            losses.to(self.device, torch.float64 if precision == "64-true" else None, module_dtype(self.module))
         if precision == "64-true":
             self.module.double()
             if made is not None:
@@ -192,6 +196,7 @@ class Model:
             optimizer=made,
             scaler=torch.amp.GradScaler(self.device.type) if precision == "16-mixed" else None,
             channels_last=channels_last,
+            left_out=left_out(made, self.module),
         )
 
     @property
@@ -331,7 +336,8 @@ class Model:
             )
         )
         processes = processes_of(self._strategy)
-        with self._together(processes), self._fitting(run.progress, run.take_batch, run.history):
+        watched = warned_of_untrained(self, self._require_compiled())
+        with self._together(processes), self._fitting(run.progress, run.take_batch, run.history), watched:
             loop.fit(run)
         return self.history
 
@@ -427,6 +433,7 @@ class Model:
         prepared.check_steps(validates=True)
         batching = prepared.batching(batch_size, loader_options=dataloader_options)
         batches = as_batches(data, y, sample_weight, batching)
+        self._check_inputs(batches)
         prepared.check_parts(batches, "data")
         if batch_size is None and steps is None and not callbacks and prepared.may_enlarge_tests:
             batches = batches.in_large_batches()
@@ -472,6 +479,7 @@ class Model:
         prepared = self._preparation(for_prediction=True)
         batching = prepared.batching(batch_size, loader_options=dataloader_options)
         batches = as_batches(data, None, None, batching)
+        self._check_inputs(batches)
         if batch_size is None and steps is None and not callbacks and prepared.own.prediction is None:
             batches = batches.in_large_batches()
         plan = plan_for_pass(batches, steps, self.device, prepared.processes)
@@ -521,7 +529,7 @@ class Model:
             steps: how many rates there are, one a batch; data with fewer batches is read again.
             gradient_clip_val: as in `fit`.
             micro_batch_size: as in `fit`.
-            verbose: as in `fit`.
+            verbose: as in `fit`, but "auto" shows nothing where there is no terminal or notebook.
 
         Returns:
             The curve, with ``suggestion``, ``rates``, ``losses`` and ``plot()``.
@@ -531,6 +539,8 @@ class Model:
             TypeError: arguments of a wrong type.
         """
         prepared = self._preparation()
+        # A line for each of many short epochs would say nothing.
+        level = 0 if verbose == "auto" and resolve_verbose(verbose) == 2 else verbose
         test = RangeTest(start, end, steps)
         processes = prepared.processes
         if processes is not None and processes.world > 1:
@@ -543,7 +553,7 @@ class Model:
         batches = as_batches(data, y, sample_weight, prepared.batching(batch_size, training=True))
         # An epoch has one batch at least; the test ends the run by itself.
         epochs = -(-steps // (batches.length or 1)) if batches.again else 1
-        history, stop_training, latest_input = self.history, self.stop_training, self._latest_input
+        history, stop_training, seen = self.history, self.stop_training, (self._latest_input, self._columns)
         try:
             with undone(prepared.compiled, data):
                 self.fit(
@@ -551,7 +561,7 @@ class Model:
                     y,
                     batch_size=batch_size,
                     epochs=epochs,
-                    verbose=verbose,
+                    verbose=level,
                     callbacks=[test],
                     sample_weight=sample_weight,
                     class_weight=class_weight,
@@ -560,7 +570,7 @@ class Model:
                     on_nonfinite="ignore",
                 )
         finally:
-            self.history, self.stop_training, self._latest_input = history, stop_training, latest_input
+            self.history, self.stop_training, (self._latest_input, self._columns) = history, stop_training, seen
         if not test.is_finished:
             raise ValueError(
                 f"Expected data of at least {steps=} batches, received a generator that gave {len(test.losses)}. Lower "
@@ -775,6 +785,9 @@ class Model:
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Reads weights that `save_weights` or ``torch.save(module.state_dict(), path)`` wrote.
 
+        Of a file of `save`, `ModelCheckpoint` or `BackupAndRestore` it takes the weights alone: this needs no compile
+        and no optimizer like the one before.
+
         Args:
             path: where from.
 
@@ -824,6 +837,7 @@ class Model:
             else:
                 self._ended = progress.ended(error)
             self._latest_input = progress.step.latest_input
+            self._columns = columns_of(progress.batches.data.inputs)
             report_size(parts, self.history.params)
 
     @contextmanager
@@ -862,6 +876,12 @@ class Model:
         with self._together(processes), kept_random_state(self.device) if is_within else nullcontext():
             share_random_state(self.device)
             yield
+
+    def _check_inputs(self, batches: Batches) -> None:
+        """Refuses what the names of columns, or the dimensions, tell to be no batch of what was trained on."""
+        check_columns(batches.inputs, self._columns)
+        if self._latest_input is not None:
+            check_is_batch(batches.inputs, dict(Layout(self._latest_input, "").leaves))
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         """Inside a fit, what a callback evaluates or predicts changes nothing that the fit draws."""

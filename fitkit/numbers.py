@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fitkit._types import OutputMeaning
-from fitkit.batch import mapped, tensors
+from fitkit.batch import copied, mapped, tensors
 from fitkit.computation import Compiled, Outcome, UserStep
 from fitkit.distributed import gather
 from fitkit.gradients import GradientNorms
@@ -21,6 +21,15 @@ from fitkit.logs import Tally, joined
 from fitkit.metrics import RunningMetrics
 from fitkit.output_losses import OutputLosses
 from fitkit.windows import weighted_sum
+
+# How many batches wait until they are taken in, one after the other: what is done between two passes of a module finds
+# its code and its data out of the cache, and costs several times what it costs in a row.
+WAITING = 64
+
+
+# What a batch leaves for later: loss and weight, its index; where there are metrics output, target and sample weights.
+# The module, the step and a loader write into none of it any more.
+Waiting = tuple[Tensor, float | Tensor, int, Tensor | None, Any, Any]
 
 
 @dataclass
@@ -32,6 +41,7 @@ class Numbers:
         several: the losses where each output has its own; None for one loss, also that of a user's step.
         adds_up: whether the one loss is a sum over samples.
         makes_losses: whether the losses are torch's own, new tensors that nobody writes into.
+        owns_targets: whether nobody writes into targets and sample weights after their step.
         tally: running means.
         metrics: running metrics.
         last: the latest batch's loss.
@@ -44,6 +54,7 @@ class Numbers:
     several: OutputLosses | None
     adds_up: bool
     makes_losses: bool
+    owns_targets: bool
     tally: Tally
     metrics: RunningMetrics
     last: Tensor | None = None
@@ -54,17 +65,29 @@ class Numbers:
     def start(cls, compiled: Compiled, user_step: UserStep | None, *, owns_batches: bool) -> Numbers:
         """Empty numbers for a new run; they share nothing with those of any other run."""
         losses = compiled.losses
-        own = OutputMeaning(ignore_index=-100 if user_step is None else None)  # of a module that returns its loss
+        own = OutputMeaning(ignore_index=-100)  # without a compiled loss: torch's own default, and Hugging Face's
         meanings = [own] if losses is None else losses.meanings
         several = None if losses is None or losses.names is None or user_step is not None else losses
         single = None if losses is None or user_step is not None else losses.losses[0]
         adds_up = single is not None and single.adds_up
         makes_losses = user_step is None and losses is not None and losses.are_means_over_data
-        metrics = compiled.metrics.start(meanings, compiled.device, owns_targets=owns_batches and user_step is None)
-        return cls(compiled, several, adds_up, makes_losses, Tally(compiled.device), metrics)
+        owns_targets = owns_batches and user_step is None
+        metrics = compiled.metrics.start(meanings, compiled.device, owns_targets=owns_targets)
+        return cls(compiled, several, adds_up, makes_losses, owns_targets, Tally(compiled.device), metrics)
+
+    def __post_init__(self) -> None:
+        # Nothing can be refused in a batch that is like the one before, where torch's loss and metrics by name see it.
+        self._may_wait = self.makes_losses and self.several is None and self.metrics.are_by_name
+        self._measures = bool(self.metrics.names)
+        self._waiting: list[Waiting] = []
+        # The shape of the outputs that may wait, which tells that of the targets, and how many of them.
+        self._like: torch.Size | None = None
+        self._most = 0
 
     def reset(self) -> None:
         """Starts an epoch."""
+        self._waiting.clear()
+        self._like = None
         self.tally.reset()
         self.metrics.reset()
         self.last = None
@@ -72,7 +95,8 @@ class Numbers:
             self.norms.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is kept; making it changes nothing."""
+        """All that is kept; making it moves no number's last digit."""
+        self._settle()
         norms = None if self.norms is None else self.norms.state_dict()
         return {
             "tally": self.tally.state_dict(),
@@ -89,6 +113,8 @@ class Numbers:
         """
         if (self.norms is None) != (state["norms"] is None):
             raise ValueError("Expected a state with gradient norms where they are tracked, and only there.")
+        self._waiting.clear()
+        self._like = None
         self.tally.load_state_dict(state["tally"])
         self.metrics.load_state_dict(state["metrics"])
         self.last = None if state["last"] is None else state["last"].to(self.compiled.device)
@@ -103,11 +129,27 @@ class Numbers:
             index: of the batch in the epoch.
             batch: itself; of the first one the size is looked at.
         """
-        if index == 0 and self.compiled.metrics.names:
+        loss, weight, _ = outcome.parts[0]
+        if self._like is not None and outcome.outputs[0].shape == self._like:
+            self.last = loss = loss.detach()
+            output = target = weights = None
+            if self._measures:
+                output, target, weights = (
+                    outcome.outputs[0].detach().clone(),
+                    outcome.targets[0],
+                    outcome.sample_weights,
+                )
+                if not self.owns_targets:
+                    target, weights = target.clone(), copied(weights)
+            self._waiting.append((loss, weight, index, output, target, weights))
+            if len(self._waiting) >= self._most:
+                self._settle()
+            return
+        self._settle()
+        if index == 0 and self.metrics.names:
             self.metrics.expect(sum(tensor.nbytes for tensor in tensors(batch)))
         if self.several is None:
-            value, weight, _ = outcome.parts[0]
-            self.last = value.detach() if self.makes_losses else value.detach().clone()
+            self.last = loss.detach() if self.makes_losses else loss.detach().clone()
             self.tally.mean("loss", adds_up=self.adds_up).add(self.last, weight, index)
         else:
             self._add_several(self.several, outcome, index)
@@ -115,8 +157,22 @@ class Numbers:
             for name, value in outcome.extra.items():
                 number = value.detach().clone().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
                 self.tally.mean(name).add(number.to(self.compiled.device), outcome.weight, index)
-        if self.compiled.metrics.names:
+        if self.metrics.names:
             self._add_to_metrics(outcome)
+        if self._may_wait:
+            self._most = min(WAITING, self.metrics.room)
+            self._like = outcome.outputs[0].shape if self._most > 1 else None
+
+    def _settle(self) -> None:
+        """Takes in what waits, in its order; sums are the same as if it had not waited."""
+        if not self._waiting:
+            return
+        add, update = self.tally.mean("loss", adds_up=self.adds_up).add, self.metrics.update
+        for loss, weight, index, output, target, sample_weights in self._waiting:
+            add(loss, weight, index)
+            if output is not None:
+                update([output], [target], sample_weights, are_kept=True)
+        self._waiting.clear()
 
     def _add_several(self, losses: OutputLosses, outcome: Outcome, index: int) -> None:
         assert losses.names is not None  # they are named where there are several
@@ -130,7 +186,7 @@ class Numbers:
     def _add_to_metrics(self, outcome: Outcome) -> None:
         if not outcome.targets:
             raise ValueError(
-                f"metrics={self.compiled.metrics.names} need outputs and targets, which a step of your own or a module "
+                f"metrics={self.metrics.names} need outputs and targets, which a step of your own or a module "
                 'that returns its loss does not show. Return {"loss": ..., "output": ..., "target": ...} from the '
                 "step, or return the metric's value by its name, or compile without metrics."
             )
@@ -139,6 +195,7 @@ class Numbers:
 
     def values(self) -> dict[str, Tensor]:
         """Every running number as a 0-d tensor on the device, "loss" first."""
+        self._settle()
         means = self.tally.values()
         values = {"loss": self.loss(means), **means}
         return {**values, **self.metrics.compute()}
@@ -150,6 +207,7 @@ class Numbers:
         """
         if not self.is_shared:
             return self.values(), self.first_bad()
+        self._settle()
         means, first_bad = joined(gather(self.tally.sums()), self.tally.device)
         values = {"loss": self.loss(means), **means, **self.metrics.compute(across_processes=True)}
         return values, first_bad
@@ -166,7 +224,7 @@ class Numbers:
 
     def names(self) -> list[str]:
         """The keys that batch logs have now."""
-        names = ["loss", *(name for name in self.tally.means if name != "loss"), *self.compiled.metrics.names]
+        names = ["loss", *(name for name in self.tally.means if name != "loss"), *self.metrics.names]
         if self.last is not None:
             names.append("batch_loss")
         if self.norms is not None and self.norms.last is not None:
@@ -175,11 +233,12 @@ class Numbers:
 
     def number(self, name: str) -> Tensor:
         """The running number of that name as a 0-d tensor on the device; KeyError for another name."""
+        self._settle()
         if name == "loss":
             return self.loss(self.tally.values())
         if name in self.tally.means:
             return self.tally.means[name].value()
-        if name in self.compiled.metrics.names:
+        if name in self.metrics.names:
             return self.metrics.compute([name])[name]
         if name == "batch_loss" and self.last is not None:
             return self.last
@@ -189,6 +248,7 @@ class Numbers:
 
     def first_bad(self) -> Tensor:
         """The index of the first batch with a loss that is not finite; -1 when there is none."""
+        self._settle()
         judged = ["loss"]
         if self.several is not None and self.several.names is not None:
             judged = [f"{self.several.names[position]}_loss" for position in self.several.active]

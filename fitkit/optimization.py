@@ -129,6 +129,35 @@ def _refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
         )
 
 
+def left_out(optimizer: Optimizer | None, module: nn.Module) -> frozenset[str]:
+    """The names of the module's trainable parameters that the optimizer does not hold."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    named = module.named_parameters()
+    return frozenset(name for name, parameter in named if parameter.requires_grad and id(parameter) not in held)
+
+
+def check_holds_trainable(optimizer: Optimizer | None, module: nn.Module, left_out_before: frozenset[str]) -> None:
+    """Refuses to train beside parameters that were unfrozen or exchanged since compile, which would stay as they are.
+
+    Args:
+        optimizer: that of compile.
+        module: whose parameters it has.
+        left_out_before: what `left_out` gave at compile, where the user left it out.
+
+    Raises:
+        ValueError: there are such parameters.
+    """
+    new = sorted(left_out(optimizer, module) - left_out_before)
+    if new:
+        names = ", ".join(map(repr, new[:3])) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+        raise ValueError(
+            f"Expected an optimizer that holds every trainable parameter, but {names} became trainable after compile. "
+            "Call compile again when layers were unfrozen or exchanged. To unfreeze in the middle of a run, compile "
+            "first and freeze then: the optimizer leaves what is frozen alone."
+        )
+
+
 def follow_parameters(optimizer: Optimizer) -> None:
     """Gives what an optimizer keeps for each parameter that parameter's dtype, after it has changed.
 

@@ -42,10 +42,10 @@ class OutputLosses:
         self.weights = _loss_weights(loss_weights, self.keys)
         self.active = [index for index, entry in enumerate(self.losses) if entry is not None]
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """Moves what tensors the losses hold to the device, and to the dtype where one is given."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None, outputs: torch.dtype | None = None) -> None:
+        """Moves what tensors the losses hold to the device, and to the dtype where one is given; see `Loss.to`."""
         for index in self.active:
-            self.losses[index].to(device, dtype)  # type: ignore[union-attr]
+            self.losses[index].to(device, dtype, outputs)  # type: ignore[union-attr]
 
     @property
     def are_means_over_data(self) -> bool:

@@ -19,6 +19,7 @@ from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, implemented_hooks
 from fitkit.computation import ClassWeight, Compiled, UserStep
 from fitkit.data import Batches, Batching, EpochPlan, as_batches, as_split_batches
+from fitkit.data.inputs import check_columns, columns_of
 from fitkit.device import module_dtype, room_for_data
 from fitkit.distributed import Processes
 from fitkit.epoch_plans import plan_for_training, plan_for_validation
@@ -32,6 +33,9 @@ from fitkit.run_callbacks import callbacks_of_fit, check_monitors
 from fitkit.shared_steps import Agreement, SharedStep, taking_shares
 from fitkit.steps import TestStep, TrainStep, trained_parameters
 from fitkit.training_state import Progress, read_training_state
+
+# Keras's names of the steps that a subclass overrides, those here, and their attributes in OwnSteps.
+KERAS_STEPS = {"train_step": ("training_step", "training"), "test_step": ("validation_step", "validation")}
 
 
 @final
@@ -154,6 +158,8 @@ class Preparation:
                     "of them."
                 )
             held_out = as_batches(given.validation_data, None, None, validating)
+        if held_out is not None:
+            check_columns(held_out.inputs, columns_of(training.inputs))
         device = self.model.device
         room = room_for_data(device) // 2
         return training.kept_on(device, room), None if held_out is None else held_out.kept_on(device, room)
@@ -210,7 +216,13 @@ class Preparation:
         return TestRun(self.model, step, plan, hooks, SharedStep(step, step) if is_shared else step)
 
     def check_steps(self, *, validates: bool) -> None:
-        """Refuses a validation for which there is no loss."""
+        """Refuses a step that nothing calls, and a validation for which there is no loss."""
+        for theirs, (ours, own) in KERAS_STEPS.items():
+            if hasattr(type(self.model), theirs) and getattr(self.own, own) is None:
+                raise ValueError(
+                    f"{type(self.model).__name__}.{theirs} is never called: that is Keras's name. Here it is "
+                    f"{ours}(self, batch, batch_idx)."
+                )
         needs_loss = self.compiled.losses is None and self.own.training is not None
         if validates and needs_loss and self.own.validation is None:
             raise ValueError(
@@ -230,7 +242,10 @@ class Preparation:
         if sample_weight is not None:
             raise _both_weights()
         if not isinstance(class_weight, Mapping) or not class_weight:
-            raise TypeError(f"Expected {{class: weight}}, received class_weight={show(class_weight)}.")
+            raise TypeError(
+                f"Expected {{class: weight}}, received class_weight={show(class_weight)}. Classes weigh alike with "
+                "{c: len(y) / (classes * count of c)}."
+            )
         losses = self.compiled.losses
         if self.own.training is not None or losses is None or losses.names:
             raise ValueError(

@@ -14,12 +14,14 @@ from torch import nn
 
 from fitkit import batch as batches_of
 from fitkit.computation import ClassWeight, Compiled, Computation, Outcome, UserStep, transfer_of
-from fitkit.device import autocast, copy_back, random_state, restore_random_state
+from fitkit.device import autocasting, copy_back, random_state, restore_random_state
 from fitkit.diagnosis import explain_nonfinite
 from fitkit.distributed import Processes, share_tensors
 from fitkit.gradients import GradientNorms, clip_gradients
+from fitkit.joint_losses import JointLosses
 from fitkit.logs import BatchLogs, read
 from fitkit.numbers import Numbers
+from fitkit.optimization import check_holds_trainable
 from fitkit.synchronisation import Synchronisation
 from fitkit.windows import Window
 
@@ -53,8 +55,8 @@ class TrainStep:
         self.numbers = Numbers.start(compiled, user_step, owns_batches=owns_batches)
         self.logs = BatchLogs(self.numbers)
         self.device = compiled.device
-        self._compute = Computation(compiled, user_step, class_weight)
-        self._autocast = autocast(compiled.precision, compiled.device)
+        compute = Computation(compiled, user_step, class_weight)
+        self._compute = autocasting(compute, compiled.precision, compiled.device)
         self._compiled = compiled
         losses, world = None if user_step is not None else compiled.losses, None
         if processes is not None:
@@ -86,6 +88,7 @@ class TrainStep:
         self._length = length
         self.index = -1
         self._held = held_parameters(self._compiled)
+        check_holds_trainable(self._compiled.optimizer, self._compiled.module, self._compiled.left_out)
         self._stepped = optimizer_parameters(self._compiled)
         if self._norm_order != -1:
             trained = trained_parameters(self._compiled)
@@ -110,11 +113,10 @@ class TrainStep:
             self._open_window(index, parts)
 
         # Forward and loss, in the user's precision.
-        with self._autocast:
-            if together is None:
-                outcome = self._compute(batch, index)
-            else:
-                outcome = together.run(self._compute, batch, index, is_last=is_last)
+        if together is None:
+            outcome = self._compute(batch, index)
+        else:
+            outcome = together.run(self._compute, batch, index, is_last=is_last)
 
         # Backward.
         if has_gradient := self._has_gradient(outcome):
@@ -147,20 +149,23 @@ class TrainStep:
     def _open_window(self, index: int, parts: int) -> None:
         if not self._by_hand:
             self._clear_gradients()
-        left = self._batches_per_step if self._length is None else self._length - index
+        batches = self._batches_per_step
         # Data that gives more batches than it said goes on in whole windows.
-        self._window.open(min(self._batches_per_step, left) if left > 0 else self._batches_per_step, parts)
+        if self._length is not None and 0 < self._length - index < batches:
+            batches = self._length - index
+        self._window.open(batches, parts)
         if self.together is not None:
             self.together.open()
 
     def _has_gradient(self, outcome: Outcome) -> bool:
         """Whether there is something to go backward from; not after a step of the user's that trained by itself."""
+        if outcome.parts[0].value.requires_grad and not self._by_hand:  # the usual case
+            return True
         had_trained, self._by_hand = self._by_hand, False
-        for part in outcome.parts:
-            if part.value.requires_grad:
-                if had_trained:
-                    self._clear_gradients()
-                return True
+        if any(part.value.requires_grad for part in outcome.parts):
+            if had_trained:
+                self._clear_gradients()
+            return True
         if not self._may_train_by_hand:
             raise ValueError(
                 "Expected a loss with a gradient, received one that depends on no trainable parameter. Is the output "
@@ -184,8 +189,7 @@ class TrainStep:
         batch = self._latest
 
         def forward() -> None:
-            with self._autocast:
-                self._compute(batch, 0)
+            self._compute(batch, 0)
 
         if batch is None:
             return "It is not known where."
@@ -280,7 +284,7 @@ class TrainStep:
             return
         if optimizer is None:
             raise ValueError("Expected a module with something to train, received one without trainable parameters.")
-        if self.together is None:
+        if self.together is None and not window.is_whole:
             window.close(self._held)
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -351,23 +355,36 @@ class TestStep:
     ) -> None:
         self.numbers = Numbers.start(compiled, user_step, owns_batches=owns_batches)
         self.numbers.is_shared = is_shared
-        self.logs = BatchLogs(self.numbers)
-        self._compute = Computation(compiled, user_step)
-        self._autocast = autocast(compiled.precision, compiled.device)
-        self._no_grad = torch.no_grad()
+        compute = Computation(compiled, user_step)
+        self._compute = autocasting(compute, compiled.precision, compiled.device)
+        may_join = user_step is None and JointLosses.serves(compiled, self.numbers)
+        self._joint = JointLosses(compiled, self.numbers) if may_join else None
+        self.logs = BatchLogs(self.numbers if self._joint is None else self._joint)
 
     def begin_epoch(self) -> None:
         """Empties the running numbers."""
         self.numbers.reset()
+        if self._joint is not None:
+            self._joint.begin_epoch()
+
+    @property
+    def failed_at(self) -> int | None:
+        """The index of the batch in which an error came up, where that is not the latest."""
+        return None if self._joint is None else self._joint.failed_at
 
     def __call__(self, batch: Any, index: int) -> None:
-        with self._no_grad:
-            with self._autocast:
-                outcome = self._compute(batch, index)
-            self.numbers.add(outcome, index, batch)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(batch, index)
+        if self._joint is not None and self._joint.take(batch, index):
+            return
+        self.numbers.add(self._compute(batch, index), index, batch)
 
     def finish(self) -> None:
-        """Nothing is open at the end of an epoch."""
+        """Ends the epoch: takes in what waits."""
+        if self._joint is not None:
+            with torch.no_grad():
+                self._joint.settle()
 
     def epoch_logs(self) -> dict[str, float]:
         """The numbers of all batches, read at once."""
@@ -391,20 +408,23 @@ class PredictStep:
         self.logs: Mapping[str, Any] = {}
         self._compiled = compiled
         self._user_step = user_step
-        self._autocast = autocast(compiled.precision, compiled.device)
+        self._compute = autocasting(self._outputs_of, compiled.precision, compiled.device)
         self._transfer = transfer_of(compiled)
-        self._no_grad = torch.no_grad()
 
     def __call__(self, batch: Any, index: int) -> None:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(batch, index)
         if self._transfer.is_needed:
             batch = self._transfer(batch).on_device
-        with self._no_grad, self._autocast:
-            if self._user_step is not None:
-                output = self._user_step(batch, index)
-            else:
-                output = batches_of.call(self._compiled.forward, batches_of.unpack(batch)[0])
+        output = self._compute(batch, index)
         self.logs = {"outputs": output}
         self.outputs.append(batches_of.on_cpu(output))
+
+    def _outputs_of(self, batch: Any, index: int) -> Any:
+        if self._user_step is not None:
+            return self._user_step(batch, index)
+        return batches_of.forward(self._compiled.forward, batches_of.unpack(batch)[0])
 
     def skip(self, index: int) -> None:
         """A batch of which this process has no sample."""

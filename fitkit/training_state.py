@@ -8,9 +8,12 @@ class that holds a part of the state gives it by itself; the form of the file is
 from __future__ import annotations
 
 import copy
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, final
 
 import torch
@@ -201,6 +204,45 @@ def _own(model: ModelProtocol) -> dict[str, Any]:
     for name, value in vars(model).items():
         found.update(_own_in(value, name, ()))
     return {name: value for name, value in found.items() if value is not model.module}
+
+
+@contextmanager
+def warned_of_untrained(model: ModelProtocol, compiled: Compiled) -> Iterator[None]:
+    """Warns once for each module that a subclass keeps beside its module, if it gets gradients and no optimizer has it.
+
+    Without such a module this costs nothing, and with one nothing after its first gradient.
+    """
+    own = _own(model)
+    optimizers = [compiled.optimizer, *(value for value in own.values() if isinstance(value, torch.optim.Optimizer))]
+    groups = [group for optimizer in optimizers if optimizer is not None for group in optimizer.param_groups]
+    known = {id(parameter) for group in groups for parameter in group["params"]}
+    known |= {id(parameter) for parameter in compiled.module.parameters()}
+    watches: list[list[Any]] = []
+    for name, value in own.items():
+        parameters = value.parameters() if isinstance(value, nn.Module) else ()
+        watches.append(_watched([each for each in parameters if each.requires_grad and id(each) not in known], name))
+    try:
+        yield
+    finally:
+        for handle in chain.from_iterable(watches):
+            handle.remove()
+
+
+def _watched(parameters: Sequence[Tensor], name: str) -> list[Any]:
+    """Handles of the hooks that warn at the first gradient of these parameters, and then are gone."""
+    handles: list[Any] = []
+
+    def warn(parameter: Tensor) -> None:
+        for handle in handles:
+            handle.remove()
+        warnings.warn(
+            f"model.{name} gets gradients, but no optimizer holds its parameters: they stay as they are. Make it a "
+            f"part of the module that the Model is given, or freeze it by model.{name}.requires_grad_(False).",
+            stacklevel=2,
+        )
+
+    handles += [parameter.register_post_accumulate_grad_hook(warn) for parameter in parameters]
+    return handles
 
 
 def _own_in(value: Any, name: str, around: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
@@ -537,11 +579,12 @@ class Progress:
 def keyed(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     """The callbacks by the keys of their states: equal ones are counted, in their order."""
     found: dict[str, Callback] = {}
+    counts: Counter[str] = Counter()
     for callback in callbacks:
-        key, count = callback.state_key, 1
+        own = key = callback.state_key
         while key in found:
-            count += 1
-            key = f"{callback.state_key} {count}"
+            counts[own] += 1
+            key = f"{own} {counts[own] + 1}"
         found[key] = callback
     return found
 

@@ -41,10 +41,18 @@ class Window:
             loss is not None and (loss.adds_up or loss.weight_depends_on_targets) for loss in active
         )
         self._seeds: dict[tuple[float, torch.dtype], Tensor] = {}
-        self.discard()
+        # Whether one micro-batch of one process is all there is.
+        self.is_whole = False
+        self._forget()
 
     def discard(self) -> None:
         """Forgets the micro-batches so far."""
+        if self.is_whole:  # the usual case, which keeps nothing
+            self.is_complete, self.holds_something, self._batches_left = True, False, 0
+        else:
+            self._forget()
+
+    def _forget(self) -> None:
         self.size = 0
         self.is_complete = True
         # Whether each output's loss goes backward by itself.
@@ -65,15 +73,15 @@ class Window:
             batches: how many complete it.
             parts: micro-batches that each of them is expected to come in.
         """
-        self.size = batches * parts
         self.is_complete = False
-        self.is_separate = self._outputs_differ and not self._is_whole
         self._batches_left = batches
+        if not (self.is_whole and batches == parts == 1):  # otherwise the usual case, one like the one before
+            self._begin(batches * parts)
 
-    @property
-    def _is_whole(self) -> bool:
-        """Whether one micro-batch of one process is all there is."""
-        return self.size == 1 and self._processes is None
+    def _begin(self, size: int) -> None:
+        self.size = size
+        self.is_whole = size == 1 and self._processes is None
+        self.is_separate = self._outputs_differ and not self.is_whole
 
     # What several processes tell the window, and ask it
 
@@ -125,9 +133,9 @@ class Window:
         """Comes back to what `state_dict` returned, with its tensors on the device."""
         for name in _KEPT:
             setattr(self, f"_{name}", _on(device, state[name]))
-        self.size, self.holds_something = state["size"], state["holds_something"]
+        self._begin(state["size"])
+        self.holds_something = state["holds_something"]
         self.is_complete = self._batches_left <= 0
-        self.is_separate = self._outputs_differ and not self._is_whole
 
     def end_batch(self) -> None:
         """Counts a batch, all of whose parts have been taken."""
@@ -147,11 +155,11 @@ class Window:
         Raises:
             ValueError: outputs whose weights change independently of each other without saying so.
         """
-        self._taken += 1
-        if self._is_whole:
+        if self.is_whole:
             loss = weighted_sum(parts, self._shares)
             self.holds_something = loss is not None
             return loss, None
+        self._taken += 1
         self._ratios = [self._ratio(index, part.weight, part.most) for index, part in enumerate(parts)]
         if self.is_separate:
             return None, None
@@ -207,7 +215,7 @@ class Window:
 
     def close(self, parameters: Sequence[nn.Parameter]) -> None:
         """Leaves in the parameters the gradient of the batch that the micro-batches make up."""
-        if self._is_whole:
+        if self.is_whole:
             return
         if self._outputs_differ:
             self._join(parameters)

@@ -162,6 +162,7 @@ FIT: list[tuple[dict[str, Any], str]] = [
     ({"validation_freq": []}, r"Expected the epochs to validate after, received validation_freq=\[\]"),
     # Weights.
     ({"class_weight": [1.0, 2.0]}, r"Expected \{class: weight\}, received class_weight=\[1\.0, 2\.0\]"),
+    ({"class_weight": "balanced"}, r"received class_weight='balanced'\. Classes weigh alike with"),
     ({"class_weight": {}}, r"Expected \{class: weight\}, received class_weight=\{\}"),
     ({"class_weight": {"a": 1.0}}, r"Expected an integer of at least 0, received class_weight's class='a'"),
     ({"class_weight": {-1: 1.0}}, r"Expected an integer of at least 0, received class_weight's class=-1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import UserDict, namedtuple
 from types import SimpleNamespace
 from typing import Any
@@ -214,3 +215,25 @@ def test_a_description_keeps_the_memory_format() -> None:
 def test_an_object_of_another_library_cannot_be_described(value: Any) -> None:
     with pytest.raises(TypeError, match="Expected tensors and nests of them"):
         described(value)
+
+
+class TwoInputs(nn.Module):
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left + right
+
+
+@pytest.mark.parametrize(
+    ("x", "given"), [({"left": 1, "right": 2, "label": 3}, "keywords left, right, label"), ([1], "1 arguments")]
+)
+def test_inputs_that_forward_does_not_take_are_explained(x: Any, given: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        call(TwoInputs(), x)
+    said = "".join(traceback.format_exception_only(caught.value))
+    assert f"{given}; its forward takes (left, right)" in said
+    assert "Targets stand beside the inputs, (inputs, targets)" in said
+
+
+def test_a_type_error_from_within_forward_stays_as_it_is() -> None:
+    with pytest.raises(TypeError) as caught:
+        call(TwoInputs(), {"left": 1, "right": "2"})
+    assert "its forward takes" not in "".join(traceback.format_exception_only(caught.value))

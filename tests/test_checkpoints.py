@@ -109,6 +109,17 @@ def test_a_new_file_has_the_permissions_that_open_gives(tmp_path: Path, umask: i
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.parametrize("mode", [None, 0o640])
+def test_a_safetensors_file_has_the_permissions_of_any_other(tmp_path: Path, mode: int | None) -> None:
+    for name in ("weights.safetensors", "weights.pt"):
+        if mode is not None:
+            (tmp_path / name).touch(mode)
+        save_weights(network(), tmp_path / name)
+    ours, plain = (tmp_path / "weights.safetensors").stat(), (tmp_path / "weights.pt").stat()
+    assert ours.st_mode == plain.st_mode
+    assert mode is None or stat.S_IMODE(ours.st_mode) == mode
+
+
 def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
@@ -191,13 +202,10 @@ def test_what_could_not_be_loaded_safely_is_refused_when_saved(tmp_path: Path, v
     assert contents(tmp_path) == {}
 
 
-def test_weights_and_states_are_not_taken_for_each_other(tmp_path: Path) -> None:
+def test_weights_are_not_taken_for_a_state(tmp_path: Path) -> None:
     save_weights(network(), tmp_path / "weights")
-    save_state(tmp_path / "state", {})
     with pytest.raises(CheckpointError, match="weights holds no state but weights. Use load_weights"):
         load_state(tmp_path / "weights")
-    with pytest.raises(CheckpointError, match="state holds no weights but state. Use load for it"):
-        load_weights(network(), tmp_path / "state")
 
 
 # Damage

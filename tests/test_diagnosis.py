@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,3 +53,16 @@ def test_looking_changes_no_buffer_and_no_random_number() -> None:
     with pytest.raises(FloatingPointError, match="LogOfMinusOne"):
         _fit(module)
     assert int(module[1].num_batches_tracked) == 4  # type: ignore[arg-type]
+
+
+def test_nan_in_the_data_is_named_by_array_rows_and_columns() -> None:
+    frame = pd.DataFrame(X.numpy().copy(), columns=["age", "tenure", "calls"])
+    frame.loc[[3, 9], "tenure"] = np.nan
+    frame.loc[3, "calls"] = np.inf
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    model.compile("sgd", "mse")
+    target = Y.clone()
+    target[0] = torch.nan
+    found = r"x in 2 of 20 rows \(columns 'tenure', 'calls'\); y in 1 of 20 rows\. "
+    with pytest.raises(fitkit.NonFiniteLossError, match=f"The data hold NaN or infinity: {found}"):
+        model.fit(frame, target, epochs=1, verbose=0)

@@ -203,3 +203,28 @@ def test_an_error_with_a_number_keeps_it() -> None:
     add_note(error, "This came up in epoch 1.")
     assert (error.errno, error.filename) == (2, "x.png")
     assert shown(error).endswith("'x.png'\nThis came up in epoch 1.\n")
+
+
+def notes_of(error: Exception) -> str:
+    return "\n".join([str(error), *getattr(error, "__notes__", [])])
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_an_error_of_the_module_says_what_it_was_called_on(method: str) -> None:
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    model.compile("sgd", "mse")
+    images = torch.zeros(4, 5, dtype=torch.uint8)
+    data = (images,) if method == "predict" else (images, torch.zeros(4, 1))
+    with pytest.raises(RuntimeError) as raised:
+        getattr(model, method)(data, verbose=0)
+    assert "The module was called on uint8 of shape (4, 5)." in notes_of(raised.value)
+
+
+def test_a_dataset_of_dicts_under_a_loss_says_that_the_dict_is_all_inputs() -> None:
+    samples = [{"x": torch.zeros(3), "y": torch.zeros(1)} for _ in range(4)]
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    model.compile("sgd", "mse")
+    with pytest.raises(
+        ValueError, match=r"\(x, y\) .* received batches of a dict of x, y, all of it inputs\. Let the data give"
+    ):
+        model.fit(DataLoader(samples, batch_size=2), epochs=1, verbose=0)

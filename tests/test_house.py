@@ -28,6 +28,7 @@ FLOORS = [
     {"loop", "microbatches", "learning_rate_finder", "shared_steps"},
     {"training_state", "rehearsal", "run_callbacks", "epoch_plans"},
     {"steps", "callbacks"},
+    {"joint_losses"},
     {"numbers"},
     {"computation"},
     {"synchronisation"},

@@ -348,3 +348,8 @@ def test_within_a_fit_it_is_refused() -> None:
     search = fitkit.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: model.find_learning_rate(X, Y))
     with pytest.raises(ValueError, match=r"find_learning_rate\(...\) was called from within a fit"):
         model.fit(X, Y, epochs=1, callbacks=[search], verbose=0)
+
+
+def test_no_line_an_epoch_is_written_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    compiled().find_learning_rate(X, Y, steps=20, end=1e-3)
+    assert capsys.readouterr().out == ""

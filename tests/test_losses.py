@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fitkit
 from fitkit.losses import BUILT_IN, Loss, Part, known_losses
 
 CLASSES = (torch.randn(5, 3), torch.tensor([0, 2, -100, 1, 2]))
@@ -271,3 +273,72 @@ def test_a_class_without_an_output_is_named_also_where_classes_have_weights() ->
     loss = Loss(nn.CrossEntropyLoss(torch.ones(3)))
     with pytest.raises(ValueError, match="Expected class indices below 3"):
         loss(torch.randn(2, 3), torch.tensor([0, 7]), 2, None, torch.tensor([0, 7]))
+
+
+def test_class_weights_in_float64_become_the_modules_dtype() -> None:
+    weight = torch.tensor(numpy.array([1.0, 2.0, 5.0]))
+    model = fitkit.Model(nn.Linear(4, 3), device="cpu")
+    model.compile("sgd", nn.CrossEntropyLoss(weight=weight))
+    x, y = torch.randn(30, 4), torch.arange(30) % 3
+    expected = F.cross_entropy(model.module(x), y, weight.float()).item()
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(expected, rel=1e-6)
+
+
+def test_labels_that_are_text_are_told_to_be_encoded() -> None:
+    with pytest.raises(TypeError, match="Encode labels that are text as integers"):
+        Loss("cross_entropy").fit_target(torch.zeros(2, 3), ["cat", "dog"])
+
+
+def test_classes_that_come_last_are_told_to_be_moved() -> None:
+    with pytest.raises(ValueError, match=r"Classes are dimension 1, as in torch: .* output.movedim\(-1, 1\)"):
+        Loss("cross_entropy").fit_target(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long))
+
+
+def test_a_class_without_an_output_is_told_how_targets_are_ignored() -> None:
+    with pytest.raises(
+        ValueError, match=r"Target 255 is out of bounds\..* pass loss=nn\.CrossEntropyLoss\(ignore_index"
+    ):
+        Loss("cross_entropy")(torch.randn(2, 3), torch.tensor([0, 255]), 2)
+
+
+def test_bce_of_logits_names_bce_with_logits() -> None:
+    with pytest.raises(ValueError, match=r"outputs from -2 to 3\. For logits use \"bce_with_logits\""):
+        Loss("bce")(torch.tensor([[-2.0], [3.0]]), torch.ones(2, 1), 2)
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "advice"),
+    [
+        (torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4), r"Convert class labels with \.long"),
+        (torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, 3), r"target\.movedim\(-1, 1\)"),
+        (torch.randn(2, 3, 4, 4), torch.zeros(2, 2, 2, dtype=torch.int64), "Their shapes differ"),
+        (torch.randn(2, 1), torch.zeros(2), "bce_with_logits"),
+    ],
+)
+def test_targets_that_fit_no_classes_get_the_advice_for_their_case(output: Tensor, target: Tensor, advice: str) -> None:
+    with pytest.raises(ValueError, match=rf"Expected class indices .*{advice}"):
+        Loss("cross_entropy").fit_target(output, target)
+
+
+def keras_order(y_true: Tensor, y_pred: Tensor) -> Tensor:
+    return (y_true - y_pred).square().mean()
+
+
+class KerasOrder(nn.Module):
+    def forward(self, target: Tensor, output: Tensor) -> Tensor:
+        return (target - output).square().mean()
+
+
+@pytest.mark.parametrize("loss", [keras_order, KerasOrder(), functools.partial(keras_order)])
+def test_a_loss_in_the_order_of_keras_is_refused(loss: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected a callable\(output, target\), torch's order.*\((y_true|target), "):
+        Loss(loss)
+
+
+def test_ignored_targets_of_a_loss_of_ones_own_are_read_from_its_attribute_or_option() -> None:
+    def own(output: Tensor, target: Tensor, ignore_index: int = 7) -> Tensor:
+        return F.cross_entropy(output, target, ignore_index=ignore_index)
+
+    assert Loss(functools.partial(own, ignore_index=7)).meaning.ignore_index == 7
+    own.ignore_index = 7  # type: ignore[attr-defined]
+    assert Loss(own).meaning.ignore_index == 7

@@ -433,6 +433,84 @@ def test_a_step_that_shows_output_and_target_has_the_compiled_metrics() -> None:
     assert history["accuracy"] == history["val_accuracy"]
 
 
+@pytest.mark.parametrize(("name", "here"), [("train_step", "training_step"), ("test_step", "validation_step")])
+def test_a_step_under_keras_name_is_refused_since_nobody_calls_it(name: str, here: str) -> None:
+    kind = type("Mine", (fitkit.Model,), {name: lambda self, data: None})
+    model = kind(nn.Linear(3, 1), device="cpu")
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=rf"Mine.{name} is never called: .* {here}\(self, batch, batch_idx\)"):
+        model.fit(X, Y, epochs=1, verbose=0)
+
+
+class WithHead(fitkit.Model):
+    """With a head that is kept beside the module."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 2), device="cpu")
+        self.head = nn.Linear(2, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.mse_loss(self.head(self.module(batch[0])), batch[1])
+
+
+def test_a_module_beside_the_module_that_gets_gradients_and_no_steps_is_warned_of_once() -> None:
+    model = WithHead()
+    model.compile("sgd")
+    with pytest.warns(UserWarning, match=r"model.head gets gradients, but no optimizer holds") as caught:
+        model.fit(X, Y, epochs=2, verbose=0)
+    assert len(caught) == 1
+
+
+def test_a_module_beside_the_module_may_be_frozen_or_have_an_optimizer() -> None:
+    frozen, with_optimizer = WithHead(), WithHead()
+    frozen.head.requires_grad_(False)
+    with_optimizer.own = torch.optim.SGD(with_optimizer.head.parameters(), lr=0.1)
+    both = WithHead()
+    for model in (frozen, with_optimizer):
+        model.compile("sgd")
+        model.fit(X, Y, epochs=1, verbose=0)
+    both.compile(torch.optim.SGD([*both.module.parameters(), *both.head.parameters()], lr=0.1))
+    both.fit(X, Y, epochs=1, verbose=0)
+
+
+class TwoAnswers(fitkit.Model):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = self.module(batch["x"])
+        output, target = {"kind": hidden, "size": hidden[:, 0]}, {"kind": batch["labels"], "size": batch["x"][:, 0]}
+        return {"loss": F.cross_entropy(hidden, batch["labels"]), "output": output, "target": target}
+
+
+def test_a_step_that_shows_several_outputs_has_the_metrics_of_each() -> None:
+    model = TwoAnswers(nn.Linear(3, 3), device="cpu")
+    model.compile("sgd", {"kind": "ce", "size": "mse"}, {"kind": ["accuracy"], "size": ["mae"]}, learning_rate=0.0)
+    history = model.fit({"x": X, "labels": LABELS}, epochs=1, batch_size=4, verbose=0)
+    output = model.module(X)
+    assert history["kind_accuracy"] == [pytest.approx((output.argmax(1) == LABELS).float().mean().item())]
+    assert history["size_mae"] == [pytest.approx((output[:, 0] - X[:, 0]).abs().mean().item())]
+
+
+def test_a_step_that_shows_other_outputs_than_compile_was_told_is_refused() -> None:
+    model = TwoAnswers(nn.Linear(3, 3), device="cpu")
+    model.compile("sgd", {"sort": "ce", "size": "mse"}, {"size": ["mae"]})
+    with pytest.raises(ValueError, match=r"the step's 'output' to have the keys of loss, \['sort', 'size'\]"):
+        model.fit({"x": X, "labels": LABELS}, epochs=1, batch_size=4, verbose=0)
+
+
+def test_targets_of_minus_100_stay_out_of_the_metrics_of_a_step() -> None:
+    class Shown(fitkit.Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            output = self.module(batch[0])
+            return {"loss": F.cross_entropy(output, batch[1]), "output": output, "target": batch[1]}
+
+    model = Shown(nn.Linear(3, 3), device="cpu")
+    model.compile("sgd", metrics=["accuracy"], learning_rate=0.0)
+    labels = LABELS.clone()
+    labels[::2] = -100
+    history = model.fit(X, labels, batch_size=4, epochs=1, verbose=0)
+    right = (model.module(X).argmax(1) == labels)[labels != -100]
+    assert history["accuracy"] == [pytest.approx(right.float().mean().item())]
+
+
 def test_metrics_that_a_step_does_not_feed_are_an_error_that_shows_how() -> None:
     model = own(Own, "sgd", "mse", ["mae"])
     with pytest.raises(ValueError, match='Return {"loss": ..., "output": ..., "target": ...}'):

@@ -97,8 +97,7 @@ def test_a_small_view_of_a_large_output_does_not_keep_the_large_one() -> None:
 
     class Sizes(fitkit.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: object = None) -> None:
-            held = step.numbers.metrics._parts[0][1]._held
-            sizes.extend(rows[0].untyped_storage().nbytes() for rows in held)
+            sizes.extend(each[3].untyped_storage().nbytes() for each in step.numbers._waiting)
 
     import fitkit.preparation as house
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fitkit
+from fitkit.callbacks import LambdaCallback
 from fitkit.optimization import known_optimizers, make_optimizer
 
 
@@ -126,3 +127,49 @@ def test_every_optimizer_trains_in_float64(name: str) -> None:
     model.fit(torch.randn(8, 3), torch.randn(8, 2), epochs=2, verbose=0)
     assert model.module.weight.dtype == torch.float64
     assert not torch.equal(model.module.weight, before)
+
+
+def small_model(optimizer: Any = "sgd", *, frozen: bool) -> fitkit.Model:
+    model = fitkit.Model(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), device="cpu")
+    model.module[0].requires_grad_(not frozen)
+    model.compile(optimizer, "mse")
+    return model
+
+
+def test_layers_unfrozen_after_compile_are_refused_since_they_would_not_train() -> None:
+    model = small_model(frozen=True)
+    model.module[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'0.bias', '0.weight' became trainable after compile. Call compile again"):
+        model.fit(torch.randn(8, 3), torch.randn(8, 1), epochs=1, verbose=0)
+
+
+def test_layers_unfrozen_after_compile_are_refused_in_the_middle_of_a_run() -> None:
+    model = small_model(frozen=True)
+    unfreezing = LambdaCallback(on_epoch_begin=lambda epoch, logs: model.module[0].requires_grad_(epoch == 1))
+    with pytest.raises(ValueError, match="became trainable after compile"):
+        model.fit(torch.randn(8, 3), torch.randn(8, 1), epochs=2, callbacks=[unfreezing], verbose=0)
+
+
+def test_a_layer_exchanged_after_compile_is_refused() -> None:
+    model = small_model(frozen=False)
+    model.module[1] = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="'1.bias', '1.weight' became trainable after compile"):
+        model.fit(torch.randn(8, 3), torch.randn(8, 1), epochs=1, verbose=0)
+
+
+def test_layers_frozen_after_compile_train_once_they_are_unfrozen() -> None:
+    model = small_model(frozen=False)
+    before, seen = model.module[0].weight.detach().clone(), []
+    hooks = LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: model.module[0].requires_grad_(epoch >= 1),
+        on_epoch_end=lambda epoch, logs: seen.append(torch.equal(model.module[0].weight, before)),
+    )
+    model.fit(torch.randn(8, 3), torch.randn(8, 1), epochs=2, callbacks=[hooks], verbose=0)
+    assert seen == [True, False]
+
+
+def test_what_the_user_gives_to_no_optimizer_stays_out_without_an_error() -> None:
+    model = small_model(lambda parameters: torch.optim.SGD(parameters[2:], lr=0.1), frozen=False)
+    before = model.module[0].weight.detach().clone()
+    model.fit(torch.randn(8, 3), torch.randn(8, 1), epochs=1, verbose=0)
+    assert torch.equal(model.module[0].weight, before)

@@ -411,3 +411,15 @@ def test_a_loss_that_is_a_module_is_called_in_the_mode_that_the_user_gave_it(tra
     model.fit(X, Y, batch_size=6, epochs=2, verbose=0)
     assert modes == [training] * 4
     assert loss.training is training
+
+
+def test_a_hook_that_leaves_the_module_in_eval_mode_does_not_stop_training() -> None:
+    model, modes = compiled(), []
+    model.module.get_submodule("layers.2").eval()
+
+    def look(epoch: int, logs: Any) -> None:
+        modes.append([child.training for child in model.module.modules()])
+
+    sampling = LambdaCallback(on_epoch_begin=look, on_epoch_end=lambda *_: model.module.eval())
+    model.fit(X, Y, epochs=3, callbacks=[sampling], verbose=0)
+    assert modes == 3 * [[True, True, True, True, False, True]]

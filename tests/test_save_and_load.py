@@ -293,3 +293,29 @@ def test_a_save_before_a_resumed_run_has_gone_on_is_what_it_goes_on_from(tmp_pat
     saving = LambdaCallback(on_train_begin=lambda logs: model.save(tmp_path / "again"))
     model.fit(X, Y, epochs=3, callbacks=[saving], verbose=0, resume_from=tmp_path / "saved")
     assert same(load_state(tmp_path / "again"), load_state(tmp_path / "saved"))
+
+
+def test_load_weights_takes_those_of_a_whole_state_whatever_the_optimizer(tmp_path: Path) -> None:
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    model.compile("adamw", "mse")
+    model.save(tmp_path / "state.pt")
+    other = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    other.load_weights(tmp_path / "state.pt")
+    assert torch.equal(other.module.weight, model.module.weight)
+
+
+def test_load_weights_refuses_the_state_of_another_module(tmp_path: Path) -> None:
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    model.compile("adamw", "mse")
+    model.save(tmp_path / "state.pt")
+    with pytest.raises(fitkit.CheckpointError, match="state.pt does not fit the module"):
+        fitkit.Model(nn.Linear(2, 1), device="cpu").load_weights(tmp_path / "state.pt")
+
+
+def test_the_weights_of_a_whole_state_are_loaded_without_compile(tmp_path: Path) -> None:
+    model = fitted()
+    model.save(tmp_path / "file")
+    plain = fitkit.Model(copy.deepcopy(compiled().module), device="cpu")
+    plain.load_weights(tmp_path / "file")
+    assert same(plain.module.state_dict(), model.module.state_dict())
+    assert not plain.history.epoch

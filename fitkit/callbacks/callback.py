@@ -18,9 +18,12 @@ The order of the hooks in a fit (`loop.py` is what calls them)::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fitkit._types import ModelProtocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Callback:
@@ -72,8 +75,11 @@ class Callback:
     params: dict[str, Any]
     has_stopped: bool = False
 
-    def __init__(self) -> None:
-        self.params = {}
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """A callback that works without a call of ``super().__init__()``, which is easily forgotten."""
+        callback = super().__new__(cls)
+        callback.params = {}
+        return callback
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a copy has: the settings and what the latest run left, but not its Model."""

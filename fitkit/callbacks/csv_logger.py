@@ -83,6 +83,9 @@ class CSVLogger(Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Before the first epoch of a run, leaves in the file what stays there."""
+        self._begin(epoch)
+
+    def _begin(self, epoch: int) -> None:
         if self._has_begun:
             return
         self._has_begun = True
@@ -95,6 +98,7 @@ class CSVLogger(Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Writes the row."""
+        self._begin(epoch)  # a run may go on from a file that was saved at this epoch's end
         row = {"epoch": str(epoch)}
         for key, value in (logs or {}).items():
             if key == "epoch":  # the row's own

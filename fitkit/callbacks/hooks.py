@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from fitkit.callbacks.callback import Callback
 from fitkit.errors import nearest, show
 
@@ -22,6 +24,17 @@ HOOKS: dict[str, tuple[str, ...]] = {
     for name, function in vars(Callback).items()
     if name.startswith("on_")
 }
+
+# What other libraries and older versions of Keras call the same moments, part by part of a name.
+SYNONYMS = (
+    ("_start", "_begin"),
+    ("validation_", "test_"),
+    ("on_batch_", "on_train_batch_"),
+    ("fit_", "train_"),
+    ("train_epoch_", "epoch_"),
+    ("test_epoch_", "test_"),
+    ("predict_epoch_", "predict_"),
+)
 
 
 @final
@@ -37,10 +50,11 @@ class HookTable:
         callbacks: in the order in which they are called. History, which is no Callback, counts by its methods.
     """
 
-    __slots__ = (*HOOKS, "listeners")
+    __slots__ = (*HOOKS, "_owners", "listeners")
 
     def __init__(self, callbacks: Iterable[object]) -> None:
         called = self.listeners = list(callbacks)
+        self._owners: dict[str, list[object]] = {}
         last = sorted(called, key=lambda each: getattr(each, "is_last_after_batches", False))
         self.on_train_begin = _implementations(called, "on_train_begin")
         self.on_train_end = _implementations(called, "on_train_end")
@@ -60,7 +74,9 @@ class HookTable:
 
     def owners(self, name: str) -> list[object]:
         """Whose hooks of that name are listed, in the same order."""
-        return [callback for callback in self.listeners if _implementations([callback], name)]
+        if name not in self._owners:
+            self._owners[name] = [callback for callback in self.listeners if _implementations([callback], name)]
+        return self._owners[name]
 
 
 def implemented_hooks(callback: object) -> list[str]:
@@ -146,9 +162,17 @@ def _advice(value: object) -> str:
         return f"It is a class: pass an instance, {value.__name__}(...)."
     if value is None:
         return "Leave it out."
+    if isinstance(value, LRScheduler):
+        return "A torch scheduler is passed as fitkit.callbacks.LRScheduler(lambda optimizer: ...)."
     if callable(value):
         return "A function is passed as LambdaCallback(on_epoch_end=function)."
-    return ""
+    return "Derive its class from Callback."
+
+
+def _in_our_words(name: str) -> str:
+    for theirs, ours in SYNONYMS:
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _check_names(callback: Callback) -> None:
@@ -160,16 +184,21 @@ def _check_names(callback: Callback) -> None:
         attribute = inspect.getattr_static(callback, name)
         if callable(attribute) or isinstance(attribute, (classmethod, staticmethod)):
             raise ValueError(
-                f"{type(callback).__name__}.{name} is no hook and would never be called.{nearest(name, HOOKS)} "
-                f"The hooks are {', '.join(HOOKS)}; give any other method a name that does not start with on_."
+                f"{type(callback).__name__}.{name} is no hook and would never be called."
+                f"{nearest(_in_our_words(name), HOOKS)} The hooks are {', '.join(HOOKS)}; give any other method a name "
+                "that does not start with on_."
             )
 
 
 def _check_arguments(callback: Callback) -> None:
     """Refuses a hook that would fail when it is called, perhaps only at the end of the first epoch."""
     for name in implemented_hooks(callback):
+        hook = getattr(callback, name)
+        code = getattr(getattr(hook, "__func__", None), "__code__", None)
+        if code is not None and code.co_varnames[1 : code.co_argcount] == HOOKS[name] and not code.co_kwonlyargcount:
+            continue  # the usual case, written as in the base
         try:
-            signature = inspect.signature(getattr(callback, name))
+            signature = inspect.signature(hook)
         except ValueError:  # Some functions written in C tell nothing about their arguments.
             continue
         try:

@@ -37,7 +37,8 @@ class LRScheduler(MonitorCallback):
     Raises:
         TypeError: scheduler is neither a torch scheduler nor a callable, or the callable makes none.
         ValueError: interval is unknown; a ReduceLROnPlateau comes without a monitor or with interval="step", another
-            scheduler with a monitor; the scheduler is of another optimizer.
+            scheduler with a monitor; the scheduler is of another optimizer; or a schedule as long as
+            all batches is advanced by epochs.
 
     Example:
         >>> import torch, fitkit
@@ -114,8 +115,20 @@ class LRScheduler(MonitorCallback):
                 "another one. Pass compile the optimizer that it was made for, or pass a callable that makes the "
                 "scheduler: LRScheduler(lambda optimizer: ...)."
             )
+        self._check_length(self._running)
         if self.interval == "step":
             self._listener = StepListener(optimizer, self._advance)
+
+    def _check_length(self, scheduler: Scheduler) -> None:
+        """Refuses a schedule in steps that is advanced by epochs: it would never end, and nothing would fail."""
+        total = getattr(scheduler, "total_steps", None)
+        epochs, batches = self.params.get("epochs"), self.params.get("steps")
+        if self.interval == "epoch" and total and epochs and batches and total == epochs * batches > epochs:
+            raise ValueError(
+                f"{type(scheduler).__name__}(total_steps={total}) has as many steps as there are batches, {epochs} x "
+                f'{batches}, but would be advanced once an epoch. Pass LRScheduler(..., interval="step"), or '
+                f"total_steps={epochs}."
+            )
 
     def _made(self, optimizer: Optimizer) -> Scheduler:
         made = self.scheduler(optimizer)  # type: ignore[operator]  # it is no scheduler here

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fitkit.data.arrays import ArrayBatches
 from fitkit.data.batches import Batches, EpochPlan, known_length
+from fitkit.data.inputs import check_same_rows
 from fitkit.data.iterables import GeneratorBatches, IterableBatches
 from fitkit.data.loaders import LoaderBatches, check_loader_options, load_dataset, own_generators, split_dataset
-from fitkit.data.rows import is_array
+from fitkit.data.rows import is_array, is_pandas
 from fitkit.data.tensor_loaders import TensorLoaderBatches, is_tensor_loader
 from fitkit.errors import check_flag, check_integer, check_number, show
 
@@ -195,6 +196,8 @@ def _array_batches(data: Any, y: Any, sample_weight: Any, batching: Batching) ->
 
 
 def _arrays(parts: tuple[Any, ...], names: Sequence[str], batching: Batching, *, bare: bool = True) -> ArrayBatches:
+    if len(parts) > 1 and is_pandas(parts[0]) and is_pandas(parts[1]):
+        check_same_rows(parts[0], parts[1])
     made = ArrayBatches(
         parts,
         batch_size=batching.size,

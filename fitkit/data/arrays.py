@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fitkit.batch import Placed, Share
 from fitkit.data.batches import Batches
-from fitkit.data.rows import Rows, TensorRows, as_rows, is_array
+from fitkit.data.inputs import Input
+from fitkit.data.rows import Rows, TensorRows, as_rows, is_array, nonfinite_rows
 from fitkit.distributed import Processes
 from fitkit.errors import show
 
@@ -79,6 +80,7 @@ class ArrayBatches(Batches):
     """
 
     owned = True
+    self_contained = True
 
     def __init__(
         self,
@@ -99,11 +101,14 @@ class ArrayBatches(Batches):
         self._rows: list[Rows] = [
             as_rows(value, argument, dtype, device) for layout in layouts for argument, value in layout.leaves
         ]
-        self.samples = _common_length(self._rows, [argument for layout in layouts for argument, _ in layout.leaves])
+        self._arguments = [argument for layout in layouts for argument, _ in layout.leaves]
+        self.samples = _common_length(self._rows, self._arguments)
+        self._name = names[0]
         self._build = _builder(parts, layouts, bare)
         self.parts = len(parts)
         # Of the leaves, those of the targets; and the device that batches are to come from, beside the host.
         first = len(layouts[0].leaves)
+        self._inputs = first
         self._targets = range(first, first + len(layouts[1].leaves)) if len(layouts) > 1 else range(0)
         self._home: torch.device | None = None
         self.length = -(-self.samples // batch_size)
@@ -126,6 +131,14 @@ class ArrayBatches(Batches):
     def shuffles(self) -> bool:
         """Whether each pass has an order of its own."""
         return self._shuffle
+
+    @property
+    def inputs(self) -> list[Input]:
+        found = zip(self._arguments[: self._inputs], self._rows, strict=False)
+        return [
+            Input(argument, argument.removeprefix(self._name), rows.shape, _words(rows.columns))
+            for argument, rows in found
+        ]
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -193,6 +206,11 @@ class ArrayBatches(Batches):
         other = self._with(self._rows, shuffle=self._shuffle)
         other._home = device
         return other
+
+    def nonfinite(self) -> str | None:
+        searched = map(nonfinite_rows, self._rows, self._arguments)
+        found = [sentence for sentence in searched if sentence is not None]
+        return f"The data hold NaN or infinity: {'; '.join(found)}." if found else None
 
     def _order(self) -> Tensor | None:
         """This pass's permutation, from the same draws as ``iter(DataLoader(...))`` and its RandomSampler."""
@@ -269,13 +287,18 @@ def _builder(parts: tuple[Any, ...], layouts: Sequence[Layout], bare: bool) -> C
     return build
 
 
+def _words(columns: Sequence[Any]) -> tuple[str, ...]:
+    """The columns' names where all are words; numbers are what pandas gives to columns without a name."""
+    return tuple(columns) if all(isinstance(name, str) for name in columns) else ()
+
+
 def _common_length(rows: Sequence[Rows], arguments: Sequence[str]) -> int:
     lengths = [len(each) for each in rows]
     if len(set(lengths)) > 1:
         listed = ", ".join(f"{argument} has {length}" for argument, length in zip(arguments, lengths, strict=True))
         raise ValueError(
             f"Expected arrays with the same number of samples, received different lengths: {listed}. The first "
-            "dimension of every array counts samples."
+            "dimension of every array counts samples; a single sample gets one by x[None]."
         )
     if lengths[0] == 0:
         raise ValueError(f"Expected at least one sample, received {arguments[0]} with 0 samples. Check what made it.")

@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 
 from fitkit.batch import Share, part_of, samples_of
+from fitkit.data.inputs import Input
 from fitkit.device import random_state, restore_random_state
 from fitkit.distributed import Processes
 
@@ -26,12 +27,14 @@ class Batches(abc.ABC):
         length: batches in one pass; None when the data does not tell.
         again: whether a second pass is possible. A generator gives one.
         owned: whether nobody writes into the memory of a batch after it was given.
+        self_contained: whether nothing of the user's is called to make a batch.
         parts: 1 for batches of x, 2 for (x, y), 3 for (x, y, sample_weight); None where only a batch tells.
     """
 
     length: int | None = None
     again: bool = True
     owned: bool = False
+    self_contained: bool = False
     parts: int | None = None
 
     @abc.abstractmethod
@@ -59,6 +62,11 @@ class Batches(abc.ABC):
     def facts(self) -> dict[str, Any]:
         """What the numbers of a run depend on, by the argument that sets it: the number of batches, their size."""
         return {} if self.length is None else {"the number of batches": self.length}
+
+    @property
+    def inputs(self) -> Sequence[Input]:
+        """The arrays of x; none where only a batch tells."""
+        return ()
 
     @property
     def extent(self) -> tuple[int, int] | None:
@@ -103,6 +111,10 @@ class Batches(abc.ABC):
             most_bytes: that the data may take there.
         """
         return self
+
+    def nonfinite(self) -> str | None:
+        """A sentence that says where the data hold NaN or infinity; None where they do not, or only a batch tells."""
+        return None
 
     def in_large_batches(self) -> Batches:
         """The same data in larger batches, where nobody chose their size and the numbers do not depend on it."""

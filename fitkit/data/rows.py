@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -20,10 +20,17 @@ from fitkit.errors import show
 READ_AS = {"uint16": "int32", "uint32": "int64", "uint64": "int64"}
 
 
+SEARCHED_BYTES = 1 << 24
+COLUMNS_SHOWN = 10
+
+
 class Rows(Protocol):
     """An array of which rows can be taken."""
 
     row_bytes: int
+    shape: tuple[int, ...]
+    # Of a frame, the names of its columns.
+    columns: Sequence[Any]
 
     def __len__(self) -> int: ...
 
@@ -55,6 +62,8 @@ class TensorRows:
         self._copied_version = -1
         self._dtype = dtype if tensor.is_floating_point() else tensor.dtype
         self._device = device
+        self.columns: Sequence[Any] = ()
+        self.shape = tuple(tensor.shape)
         self.row_bytes = tensor[:1].numel() * tensor.element_size()
 
     def __len__(self) -> int:
@@ -106,6 +115,8 @@ class ForeignRows:
         self._convert = convert
         self._dtype = dtype
         self._device = device
+        self.columns: Sequence[Any] = list(getattr(array, "columns", ()))
+        self.shape: tuple[int, ...] = tuple(array.shape)
         self.row_bytes = convert(self._positions[:1]).nbytes
 
     def __len__(self) -> int:
@@ -128,6 +139,23 @@ class ForeignRows:
     def _select(self, which: Any) -> Tensor:
         tensor = torch.from_numpy(self._convert(self._positions[which]))
         return tensor.to(device=self._device, dtype=self._dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def nonfinite_rows(rows: Rows, argument: str) -> str | None:
+    """How many rows hold NaN or infinity, and of a frame in which columns; None where all is finite."""
+    count, bad_columns = 0, torch.zeros((), dtype=torch.bool)
+    step = max(1, SEARCHED_BYTES // max(1, rows.row_bytes))
+    for start in range(0, len(rows), step):
+        part = rows.cut(start, min(start + step, len(rows)))
+        bad = part.isfinite().logical_not_().reshape(len(part), -1).cpu()
+        count += int(bad.any(1).sum())
+        bad_columns = bad_columns | bad.any(0)
+    if not count:
+        return None
+    names = [repr(name) for index, name in enumerate(rows.columns) if bad_columns[index]]
+    more = f" and {len(names) - COLUMNS_SHOWN} more" if len(names) > COLUMNS_SHOWN else ""
+    within = f" (columns {', '.join(names[:COLUMNS_SHOWN])}{more})" if names else ""
+    return f"{argument} in {count} of {len(rows)} rows{within}"
 
 
 def is_array(value: Any) -> bool:

@@ -6,13 +6,14 @@ in its own file, by `Batches.shares`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import torch
 
 from fitkit.batch import Share
 from fitkit.data.batches import Batches
+from fitkit.data.inputs import Input
 from fitkit.distributed import Processes, part_ways, share_random_state
 
 
@@ -50,6 +51,13 @@ class SharedBatches(Batches):
 
     def facts(self) -> dict[str, Any]:
         return self._whole.facts()
+
+    def nonfinite(self) -> str | None:
+        return self._whole.nonfinite()
+
+    @property
+    def inputs(self) -> Sequence[Input]:
+        return self._whole.inputs
 
     @property
     def generators(self) -> list[torch.Generator]:

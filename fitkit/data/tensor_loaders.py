@@ -7,7 +7,7 @@ of many batches are gathered at once, where the loader takes sample by sample an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -65,6 +65,7 @@ class TensorLoaderBatches(Batches):
     """
 
     owned = True
+    self_contained = True
 
     def __init__(self, loader: DataLoader[Any], dtype: torch.dtype) -> None:
         self._loader = loader
@@ -72,9 +73,13 @@ class TensorLoaderBatches(Batches):
         self.length = len(loader)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._from(self._indices())
+        return self.after(0)
 
     def after(self, done: int) -> Iterator[Any]:
+        sampler: Any = self._loader.batch_sampler
+        if type(sampler.sampler) is SequentialSampler and len(sampler.sampler) <= len(self._tensors[0]):
+            self._draw()
+            return self._one_after_the_other(done)
         indices = self._indices()
         for _ in range(done):
             next(indices, None)
@@ -105,16 +110,40 @@ class TensorLoaderBatches(Batches):
         return own_generators(self._loader)
 
     def _indices(self) -> Iterator[list[int]]:
-        # What a DataLoader draws whenever it is iterated, for workers that it may not have.
-        torch.empty((), dtype=torch.int64, device="cpu").random_(generator=self._loader.generator)
+        self._draw()
         sampler: Any = self._loader.batch_sampler
         return iter(sampler)
 
-    def _from(self, indices: Iterator[list[int]]) -> Iterator[Any]:
-        tensors = self._loader.dataset.tensors  # type: ignore[attr-defined]
+    def _draw(self) -> None:
+        """Draws what a DataLoader draws whenever it is iterated, for workers that it may not have."""
+        torch.empty((), dtype=torch.int64, device="cpu").random_(generator=self._loader.generator)
+
+    @property
+    def _tensors(self) -> Sequence[torch.Tensor]:
+        return self._loader.dataset.tensors  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def _batches_at_once(self) -> int:
         sampler: Any = self._loader.batch_sampler
-        row_bytes = sum(tensor[:1].numel() * tensor.element_size() for tensor in tensors)
-        at_once = max(1, min(BATCHES_PER_CHUNK, BYTES_PER_CHUNK // max(1, row_bytes * sampler.batch_size)))
+        row_bytes = sum(tensor[:1].numel() * tensor.element_size() for tensor in self._tensors)
+        return max(1, min(BATCHES_PER_CHUNK, BYTES_PER_CHUNK // max(1, row_bytes * int(sampler.batch_size))))
+
+    def _one_after_the_other(self, done: int) -> Iterator[Any]:
+        """The batches of a loader that goes through its data in order, from one on: nothing needs to be gathered."""
+        sampler: Any = self._loader.batch_sampler
+        size = sampler.batch_size
+        samples = len(sampler.sampler)
+        if sampler.drop_last:
+            samples -= samples % size
+        step = size * self._batches_at_once
+        for start in range(done * size, samples, step):
+            rows = slice(start, min(start + step, samples))
+            copies = [tensor[rows].clone(memory_format=torch.contiguous_format) for tensor in self._tensors]
+            columns = [torch.unsafe_split(copy, size) for copy in copies]
+            yield from map(list, zip(*columns, strict=True))
+
+    def _from(self, indices: Iterator[list[int]]) -> Iterator[Any]:
+        tensors, at_once = self._tensors, self._batches_at_once
         while chunk := list(itertools.islice(indices, at_once)):
             rows = torch.tensor(list(itertools.chain.from_iterable(chunk)), dtype=torch.int64, device="cpu")
             # index_select takes no rows counted from the end, as a sampler may give them.

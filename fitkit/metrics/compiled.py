@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from fitkit._types import OutputMeaning
-from fitkit.errors import nearest, show
+from fitkit.errors import check_order, nearest, show
 from fitkit.metrics.gathering import Gathering
 from fitkit.metrics.names import NamedMetric, find_metric, weighable_names
 from fitkit.metrics.objects import CallableMetric, TorchmetricsMetric, collection_names, is_torchmetrics
@@ -241,6 +241,7 @@ def _entry(metric: Any, key: str | None, argument: str, prefix: str, output: int
         return Entry(tuple(prefix + between + name for name in names), output, metric, weighted)
     if not callable(metric):
         raise TypeError(f"Expected {FORMS}, received {argument}={show(metric)}.")
+    check_order(argument, metric)
     return Entry((prefix + (key or _callable_name(metric)),), output, metric, weighted)
 
 

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from fitkit._types import OutputMeaning, Structure
 from fitkit.metrics.names import NamedMetric
-from fitkit.metrics.readings import Given, Reading, Rows, check_pair, check_scale, read_classes, read_values
+from fitkit.metrics.readings import (
+    Given,
+    Reading,
+    Rows,
+    check_classes,
+    check_pair,
+    check_scale,
+    read_classes,
+    read_values,
+)
 from fitkit.metrics.states import Keeper, apart, join_into, load_into, state_of
 
 # How many batches wait, and how many elements they hold together at most: half a MB of float32. On the CPU a batch of
@@ -74,7 +83,7 @@ class Gathering:
         self._reading: Reading | None = None
         self._shapes: object = None
         self._samples = 0
-        self._batch_samples = self._batch_elements = 0
+        self._batch_samples = self._batch_elements = self._most_batches = 0
         self._are_rows = False
         self._held: list[tuple[Tensor, ...]] = []
         self._held_elements = 0
@@ -83,7 +92,12 @@ class Gathering:
         self._metrics: dict[str, tuple[Keeper, Keeper]] = {}
         self._keepers: dict[tuple[object, Given], Keeper] = {}
 
-    def update(self, output: Structure, target: Structure, weight: Tensor | None) -> None:
+    @property
+    def room(self) -> int:
+        """How many batches like the latest may wait; none of those that are looked at while they are in the cache."""
+        return self._most_batches if self._batch_elements <= self._most_waiting else 0
+
+    def update(self, output: Structure, target: Structure, weight: Tensor | None, *, are_kept: bool = False) -> None:
         """Takes in one batch; one without samples changes nothing."""
         # Batches like the one before need no second look.
         if not self._is_alike(output, target):
@@ -103,7 +117,7 @@ class Gathering:
         # The first batch does not wait, so that what a metric refuses is refused there.
         waits = self._samples and self._batch_elements <= self._most_waiting
         self._samples += self._batch_samples
-        if waits:
+        if waits and not are_kept:
             # Copies: a module may write its next output where it wrote this one, and so may a loader its next target.
             copies = (rows[0].clone(), *rows[1:]) if self._owns_targets else tuple([part.clone() for part in rows])
             rows = copies
@@ -142,6 +156,8 @@ class Gathering:
                     )
                 if reading.task in metric.needs_scale:
                     check_scale(key, reading)
+            if reading.scale == "unknown":  # a loss of torch's refuses such targets by itself
+                check_classes(self._names, reading, reading.align(output, target)[1])
             self._build(reading)
             return
         by_column = reading.task != "regression" or any(metric.given is Rows.columns for metric in self._named.values())
@@ -174,8 +190,12 @@ class Gathering:
             pieces = [joined] if rows >= len(joined[0]) else zip(*(part.split(rows) for part in joined), strict=True)
             for piece in pieces:
                 together = Rows(self._reading, *piece)
-                for (_, given), metric in self._keepers.items():
-                    metric.update(*given(together))
+                try:
+                    for (_, given), metric in self._keepers.items():
+                        metric.update(*given(together))
+                except (RuntimeError, IndexError):
+                    check_classes(self._names, self._reading, together.target)
+                    raise
 
     def _joined(self) -> tuple[Tensor, ...]:
         if len(self._held) == 1:

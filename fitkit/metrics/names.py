@@ -147,6 +147,8 @@ ALIASES = {
     "roc_auc": "auroc",
     "f1_score": "f1",
     "iou": "jaccard",
+    "mean_iou": "jaccard",
+    "miou": "jaccard",
     "kappa": "cohen_kappa",
     "mcc": "matthews_corrcoef",
     "mean_absolute_error": "mae",

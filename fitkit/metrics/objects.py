@@ -48,7 +48,7 @@ class CallableMetric(Gathering):
         self._function = function
         self._takes_weights = weighted
 
-    def update(self, output: Structure, target: Structure, weight: Tensor | None) -> None:
+    def update(self, output: Structure, target: Structure, weight: Tensor | None, *, are_kept: bool = False) -> None:
         samples = count_samples(output, target)
         if not samples:
             return

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fitkit._types import OutputMeaning, Scale, Structure
 from fitkit.device import sum_dtype
-from fitkit.errors import show
+from fitkit.errors import classes_last, show
 
 Task = Literal["binary", "multilabel", "multiclass", "regression"]
 # What stands in the place of an ignored target, whatever value the loss ignores.
@@ -67,6 +67,21 @@ class Reading:
         if self.task == "binary":
             return _flat(tensor)
         return tensor if tensor.ndim == 2 else tensor.movedim(1, -1).reshape(-1, self.columns)
+
+
+def check_classes(names: str, reading: Reading, target: Tensor) -> None:
+    """Refuses targets that are none of the output's classes, and not what the loss says it ignores."""
+    if reading.task != "multiclass" or target.is_floating_point() or not target.numel():
+        return
+    known = target if reading.ignore_index is None else target[target != reading.ignore_index]
+    outside = known[(known < 0) | (known >= reading.columns)]
+    if outside.numel():
+        value = int(outside[0])
+        raise ValueError(
+            f"The metrics {names} expect classes from 0 to {reading.columns - 1}, as many as the output has, received "
+            f"the target {value}. If the loss ignores it, let it say so: nn.CrossEntropyLoss(ignore_index={value}), or "
+            f"of a loss of your own an attribute, loss.ignore_index = {value}."
+        )
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -164,7 +179,7 @@ def _same_items(output: Tensor, target: Tensor) -> bool:
 def _misfit(names: str, output: Tensor, target: Tensor, expected: str) -> str:
     return (
         f"The metrics {names} expect {expected}, received output of shape {tuple(output.shape)} and target of shape "
-        f"{tuple(target.shape)} and {target.dtype}."
+        f"{tuple(target.shape)} and {target.dtype}.{classes_last(output, target)}"
     )
 
 

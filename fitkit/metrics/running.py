@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fitkit._types import Structure
 from fitkit.batch import copied, mapped
-from fitkit.metrics.gathering import Gathering
+from fitkit.metrics.gathering import HELD_BATCHES, Gathering
 from fitkit.metrics.objects import TorchmetricsMetric
 
 # What is updated together, under one or more log keys of one output.
@@ -31,6 +31,9 @@ class RunningMetrics:
         parts: each with the index of its output.
         outputs: how many outputs there are.
         shared: whether several metrics of the user's are given the same, so that each needs copies of its own.
+
+    Attributes:
+        are_by_name: whether all are; a user's metric sees each batch in its turn.
     """
 
     def __init__(
@@ -40,9 +43,15 @@ class RunningMetrics:
         self.names = list(names)
         self._parts = list(parts)
         self._outputs = outputs
+        self.are_by_name = all(part.by_name for _, part in parts)
 
     def update(
-        self, outputs: Sequence[Structure], targets: Sequence[Structure], sample_weight: Sequence[Tensor | None] | None
+        self,
+        outputs: Sequence[Structure],
+        targets: Sequence[Structure],
+        sample_weight: Sequence[Tensor | None] | None,
+        *,
+        are_kept: bool = False,
     ) -> None:
         """Takes in one batch.
 
@@ -51,6 +60,7 @@ class RunningMetrics:
             targets: one entry per output.
             sample_weight: for ``weighted_metrics``, one entry per output of shape ``(N,)`` or the items' shape; None
                 where all samples weigh 1.
+            are_kept: whether nobody writes into any of them afterwards; for metrics by name.
 
         Raises:
             ValueError: the outputs are not those of compile, or a metric cannot read its output and target.
@@ -66,7 +76,10 @@ class RunningMetrics:
         for index, part in self._parts:
             weight = None if sample_weight is None else sample_weight[index]
             output, target = outputs[index], targets[index]
-            if self._shared and not part.by_name:
+            if isinstance(part, Gathering) and part.by_name:
+                part.update(output, target, weight, are_kept=are_kept)
+                continue
+            if self._shared:
                 output, target = copied(output), copied(target)
             part.update(output, target, weight)
 
@@ -74,6 +87,11 @@ class RunningMetrics:
         """Says how large batches are, by which it is decided how many outputs wait."""
         for _, part in self._parts:
             part.expect(batch_bytes)
+
+    @property
+    def room(self) -> int:
+        """How many batches like the latest may wait before `update`, all of them by name."""
+        return min((part.room for _, part in self._parts if isinstance(part, Gathering)), default=HELD_BATCHES)
 
     def compute(self, names: Collection[str] | None = None, *, across_processes: bool = False) -> dict[str, Tensor]:
         """The values over all batches since reset, as 0-d tensors on the device, in the order of `names`.

@@ -83,6 +83,19 @@ def test_a_resumed_run_replaces_the_rows_that_it_trains_anew(append: bool, tmp_p
     assert lines == ["epoch,loss", "0,1.0", "1,4.0", "2,5.0"]
 
 
+def test_a_run_that_goes_on_at_an_epochs_end_has_the_row_of_that_epoch_once(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path / "log.csv")
+    driven(logger, [{"loss": 1.0}, {"loss": 2.0}])
+    resumed = CSVLogger(tmp_path / "log.csv")
+    resumed.on_train_begin({})
+    resumed.load_state_dict(logger.state_dict())
+    # The backup was made by a callback in front of this one, at the end of the epoch with index 1.
+    resumed.on_epoch_end(1, {"loss": 2.0})
+    written(resumed, [{"loss": 3.0}], first=2)
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert lines == ["epoch,loss", "0,1.0", "1,2.0", "2,3.0"]
+
+
 def test_a_resumed_run_leaves_the_rows_of_earlier_runs_alone(tmp_path: Path) -> None:
     driven(CSVLogger(tmp_path / "log.csv"), [{"loss": 7.0}, {"loss": 8.0}])
     logger = CSVLogger(tmp_path / "log.csv", append=True)

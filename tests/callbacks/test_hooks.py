@@ -113,7 +113,11 @@ def test_none_and_a_single_callback_become_lists() -> None:
         (EarlyStopping, r"callbacks\[0\]=.* pass an instance, EarlyStopping\(\.\.\.\)"),
         (None, r"callbacks\[0\]=None\. Leave it out"),
         (print, r"LambdaCallback\(on_epoch_end=function\)"),
-        ("early", r"received callbacks\[0\]='early'"),
+        ("early", r"received callbacks\[0\]='early'\. Derive its class from Callback"),
+        (
+            torch.optim.lr_scheduler.StepLR(torch.optim.SGD(nn.Linear(1, 1).parameters()), 1),
+            r"A torch scheduler is passed as fitkit\.callbacks\.LRScheduler",
+        ),
     ],
 )
 def test_what_is_no_callback_is_refused_with_advice(value: object, advice: str) -> None:
@@ -140,6 +144,25 @@ def test_a_misspelt_function_on_the_instance_is_found() -> None:
     callback = Callback()
     callback.on_batch_end = print  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"Callback\.on_batch_end is no hook"):
+        check_callbacks([callback])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("on_batch_begin", "on_train_batch_begin"),
+        ("on_batch_end", "on_train_batch_end"),
+        ("on_epoch_start", "on_epoch_begin"),
+        ("on_train_epoch_end", "on_epoch_end"),
+        ("on_fit_start", "on_train_begin"),
+        ("on_validation_epoch_start", "on_test_begin"),
+        ("on_validation_batch_end", "on_test_batch_end"),
+    ],
+)
+def test_a_hook_of_another_library_names_the_hook_of_that_moment(theirs: str, ours: str) -> None:
+    callback = Callback()
+    setattr(callback, theirs, print)
+    with pytest.raises(ValueError, match=f"{theirs} is no hook .*Did you mean '{ours}'"):
         check_callbacks([callback])
 
 

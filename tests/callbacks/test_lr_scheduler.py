@@ -39,7 +39,7 @@ def halving(optimizer: Any) -> lr_scheduler.LRScheduler:
 
 SCHEDULERS: dict[str, Callable[[Any], lr_scheduler.LRScheduler]] = {
     "StepLR": halving,
-    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=15),
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=16),
     "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 15),
     "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
     "SequentialLR": lambda optimizer: lr_scheduler.SequentialLR(
@@ -244,3 +244,10 @@ def test_a_scheduler_of_another_class_is_refused_and_changes_nothing(tmp_path: P
     assert torch.equal(model.module.weight, before)
     assert model.history.epoch == []
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_a_schedule_as_long_as_all_batches_is_not_advanced_by_epochs() -> None:
+    cycle = LRScheduler(lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.2, epochs=3, steps_per_epoch=3))
+    model = compiled()
+    with pytest.raises(ValueError, match=r"total_steps=9\) has as many .*, 3 x 3, .*interval=\"step\""):
+        model.fit(X[:12], Y[:12], batch_size=4, epochs=3, callbacks=[cycle], verbose=0)

@@ -25,6 +25,8 @@ def _samplers() -> dict[str, dict[str, Any]]:
     return {
         "shuffled": {"shuffle": True, "batch_size": 2},
         "in order": {"batch_size": 64},
+        "in order, dropping the last": {"batch_size": 3, "drop_last": True},
+        "the first ones": {"sampler": SequentialSampler(range(50)), "batch_size": 8},  # type: ignore[arg-type]
         "dropping the last": {"shuffle": True, "batch_size": 10, "drop_last": True},
         "a subset": {"sampler": SubsetRandomSampler(range(0, 203, 2)), "batch_size": 3},
         "weighted": {"sampler": WeightedRandomSampler([1.0, 2.0] * 101 + [1.0], 500), "batch_size": 7},
@@ -43,7 +45,19 @@ def test_batches_and_draws_are_those_of_the_loader(name: str) -> None:
         torch.manual_seed(5)
         seen.append(([list(batches) for _ in range(2)], torch.rand(3)))  # type: ignore[call-overload]
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
+    assert [each.stride() for batch in seen[0][0][0] for each in batch] == [
+        each.stride() for batch in seen[1][0][0] for each in batch
+    ]
     assert type(seen[0][0][0][0]) is type(seen[1][0][0][0])
+
+
+@pytest.mark.parametrize("name", _samplers())
+def test_a_pass_goes_on_after_some_batches(name: str) -> None:
+    gathered = TensorLoaderBatches(DataLoader(DATA, **_samplers()[name]), torch.float32)
+    torch.manual_seed(5)
+    whole = list(gathered)[3:]
+    torch.manual_seed(5)
+    torch.testing.assert_close(list(gathered.after(3)), whole, rtol=0, atol=0)
 
 
 def test_a_pass_that_is_given_up_has_drawn_what_the_loader_draws() -> None:

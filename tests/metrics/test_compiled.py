@@ -141,3 +141,10 @@ def test_the_better_direction_of_a_key_is_that_of_its_metric() -> None:
 )
 def test_only_metrics_by_name_are_known_to_be_the_same_for_any_batches(metrics: Any, told: bool) -> None:
     assert CompiledMetrics(metrics).are_means_over_data is told
+
+
+def test_a_metric_in_the_order_of_scikit_learn_is_refused() -> None:
+    from sklearn.metrics import mean_absolute_error
+
+    with pytest.raises(ValueError, match=r"received metrics\[0\]=.*with the parameters \(y_true, y_pred\)"):
+        CompiledMetrics([mean_absolute_error])

@@ -274,3 +274,27 @@ def test_weights_of_zero_alone_give_nan() -> None:
     gathering = gather(["mae"], VALUES, weighted=True)
     gathering.update(torch.zeros(2), torch.ones(2), torch.zeros(2))
     assert math.isnan(float(gathering.compute(["mae"])["mae"]))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "iou"])
+def test_a_target_beyond_the_classes_is_refused_at_the_first_batch_of_a_loss_of_ones_own(name: str) -> None:
+    metrics = gather([name], OutputMeaning("unknown"))
+    with pytest.raises(ValueError, match=r"classes from 0 to 2, .* received the target 255\. If the loss ignores it"):
+        metrics.update(torch.randn(2, 3, 2, 2), torch.full((2, 2, 2), 255), None)
+
+
+def test_a_target_beyond_the_classes_is_named_where_torchmetrics_fails_on_it_later() -> None:
+    metrics = gather(["iou"], OutputMeaning("unknown"))
+    metrics.update(torch.randn(2, 3), torch.tensor([0, 1]), None)
+    metrics.update(torch.randn(2, 3), torch.tensor([0, -1]), None)
+    with pytest.raises(ValueError, match=r"received the target -1"):
+        metrics.compute(["iou"])
+
+
+def test_ignored_targets_of_a_loss_of_ones_own_stay_out() -> None:
+    output, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 255])
+    metrics = gather(["iou", "accuracy"], OutputMeaning("unknown", 255))
+    metrics.update(output, target, None)
+    known = gather(["iou", "accuracy"], CLASSES)
+    known.update(output[:3], target[:3], None)
+    assert metrics.compute(["iou", "accuracy"]) == known.compute(["iou", "accuracy"])

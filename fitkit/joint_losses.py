@@ -1,0 +1,149 @@
+"""The losses and metrics of an evaluation, computed on many batches at once.
+
+The module is called on each batch in its turn. What it gives waits, and loss and metrics see many batches as one: a
+mean over the data is the same, however the data is sliced. A callback that reads a number gets it as if nothing had
+waited; afterwards all goes on waiting, so that who looks, and when, moves no sum's last digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from fitkit import batch as batches_of
+from fitkit.computation import Compiled, Outcome, transfer_of
+from fitkit.device import autocasting
+from fitkit.numbers import Numbers
+
+# How many batches wait; how many elements their outputs and targets have together, so that they are found in the cache;
+# and how many bytes of batches may be kept from other uses by small tensors that wait between them.
+MOST_BATCHES = 64
+MOST_ELEMENTS = 2**15
+MOST_BYTES = 2**23
+
+
+class Waiting(NamedTuple):
+    """What a batch leaves for later: nothing that the module or a loader may still write into."""
+
+    output: Tensor
+    target: Tensor
+    batch: int
+
+
+@final
+class JointLosses:
+    """Takes batches to the module, and what it gives to loss and metrics, many at a time.
+
+    Args:
+        compiled: what `Model.compile` made; `serves` is true of it.
+        numbers: of the run.
+
+    Attributes:
+        failed_at: the index of the batch in which an error came up, where that is not the latest.
+    """
+
+    def __init__(self, compiled: Compiled, numbers: Numbers) -> None:
+        assert compiled.losses is not None  # it serves
+        self._numbers = numbers
+        self._loss = compiled.losses.losses[0]
+        self._transfer = transfer_of(compiled)
+        self._forward = autocasting(compiled.forward, compiled.precision, compiled.device)
+        self._judge_together = autocasting(self._judge, compiled.precision, compiled.device)
+        self.begin_epoch()
+
+    @staticmethod
+    def serves(compiled: Compiled, numbers: Numbers) -> bool:
+        """Whether loss and metrics are functions of outputs and targets that give means over the data."""
+        losses = compiled.losses
+        if losses is None or losses.keys is not None or not numbers.metrics.are_by_name:
+            return False
+        loss = losses.losses[0]
+        return loss is not None and loss.is_plain and not torch.are_deterministic_algorithms_enabled()
+
+    def begin_epoch(self) -> None:
+        """Forgets what waits."""
+        self.failed_at: int | None = None
+        self._waiting: list[Waiting] = []
+        # How batches look that may wait, and how many of them.
+        self._like: object = None
+        self._most = 0
+
+    def take(self, batch: Any, index: int) -> bool:
+        """Takes a batch in; False where it is none of (x, y) with one tensor y, and nothing was done."""
+        x, y, sample_weight = batches_of.unpack(batch.on_host if isinstance(batch, batches_of.Placed) else batch)
+        if sample_weight is not None or not isinstance(y, Tensor) or y.dim() == 0:
+            self.settle()
+            return False
+        if self._transfer.is_needed:
+            x, y, _ = batches_of.unpack(self._transfer(batch).on_device)
+        output = batches_of.forward(self._forward, x)
+        if isinstance(output, Tensor) and (output.shape, y.shape, y.dtype) == self._like:
+            if len(self._waiting) >= self._most:  # not before: the latest batch's own loss may be asked for
+                self.settle()
+            target = y if self._numbers.owns_targets else y.clone()
+            self._waiting.append(Waiting(output.clone(), target, index))
+            return True
+        self.settle()
+        self._judge_together(output, y, index, batch)
+        size = sum(tensor.nbytes for tensor in batches_of.tensors(batch))
+        self._most = min(MOST_BATCHES, MOST_ELEMENTS // (output.numel() + y.numel()), MOST_BYTES // size)
+        self._like = (output.shape, y.shape, y.dtype) if self._most > 1 else None
+        return True
+
+    def settle(self) -> None:
+        """Takes what waits to loss and metrics."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        outputs, targets, indices = zip(*waiting, strict=True)
+        try:
+            self._judge_together(torch.cat(outputs), torch.cat(targets), indices[0])
+        except Exception:
+            for output, target, index in waiting:
+                self.failed_at = index
+                self._judge_together(output, target, index)
+            self.failed_at = None
+            raise
+
+    def names(self) -> list[str]:
+        """The keys that batch logs have now."""
+        return self._numbers.names()
+
+    def number(self, name: str) -> Tensor:
+        """The running number of that name as a 0-d tensor on the device; KeyError for another name."""
+        with self._settled():
+            return self._numbers.number(name)
+
+    def first_bad(self) -> Tensor:
+        """The index of the first batch whose loss is not finite; -1 when there is none."""
+        with self._settled():
+            return self._numbers.first_bad()
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """With nothing waiting, until all waits again."""
+        if not self._waiting:
+            yield
+            return
+        waiting, before = list(self._waiting), self._numbers.state_dict()
+        try:
+            with torch.no_grad():
+                *others, (output, target, batch) = waiting
+                self._waiting = others
+                self.settle()
+                self._judge_together(output, target, batch)
+            yield
+        finally:
+            self._numbers.load_state_dict(before)
+            self._waiting = waiting
+
+    def _judge(self, output: Any, y: Tensor, index: int, batch: Any = None) -> None:
+        loss = self._loss
+        assert loss is not None  # it serves
+        target = loss.fit_target(output, y)
+        part = loss(output, target, len(y))
+        self._numbers.add(Outcome([part], [output], [target], None, {}, len(y)), index, batch)
