@@ -129,7 +129,8 @@ class History:
         with needing("pandas", "plot", "History.to_pandas"):
             import pandas
         index = pandas.Index(self.epoch, name="epoch", dtype="int64")
-        return pandas.DataFrame(self.history, index=index, dtype="float64")
+        frame: pandas.DataFrame = pandas.DataFrame(self.history, index=index, dtype="float64")
+        return frame
 
     def plot(self, metrics: str | Sequence[str] | None = None) -> Figure:
         """Draws training against validation, one axis a metric, with the best epoch marked. Epochs count from 1.

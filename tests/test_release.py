@@ -88,6 +88,17 @@ def test_the_versions_of_torch_are_named_alike_everywhere() -> None:
     assert set(re.findall(r"py-torch(\d+)", contributing)) == listed
 
 
+def test_the_versions_of_python_are_named_alike_everywhere() -> None:
+    listed = re.findall(r"\bpy3(\d+)", tox()["tox"]["env_list"])
+    classifiers = re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', (ROOT / "setup.py").read_text("utf-8"))
+    assert listed == classifiers
+    oldest = re.search(r'python_requires=">=3\.(\d+)"', (ROOT / "setup.py").read_text("utf-8"))
+    target = re.search(r'^target-version = "py3(\d+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+    assert oldest is not None
+    assert target is not None
+    assert oldest[1] == target[1] == min(listed, key=int)
+
+
 def test_the_oldest_torch_that_is_tested_is_the_oldest_that_is_allowed() -> None:
     allowed = re.search(r'"torch>=([\d.]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
     assert allowed is not None
