@@ -32,7 +32,7 @@ FLOORS = [
     {"joint_losses"},
     {"numbers"},
     {"computation"},
-    {"synchronisation"},
+    {"synchronisation", "sharding"},
     {"windows", "diagnosis", "transfer"},
     {"output_losses"},
     {"data", "metrics", "losses", "optimization", "gradients"},
