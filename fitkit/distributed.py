@@ -79,8 +79,9 @@ def check_strategy(strategy: str) -> Strategy:
     check_choice("strategy", strategy, STRATEGIES)
     if strategy in ("ddp", "fsdp") and not is_launched():
         raise ValueError(
-            f'strategy="{strategy}" needs several processes, received one that no launcher has started. Start the script '
-            'with torchrun --nproc-per-node N, or make a group with torch.distributed.init_process_group, or use "auto".'
+            f'strategy="{strategy}" needs several processes, received one that no launcher has started. Start the '
+            "script with torchrun --nproc-per-node N, or make a group with torch.distributed.init_process_group, or "
+            'use "auto".'
         )
     return strategy  # type: ignore[return-value]  # checked
 
@@ -199,6 +200,16 @@ def is_shard(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of this process; a plain tensor is its own."""
     return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shard_like(value: Any, like: Any) -> Any:
+    """The value, as a tensor that is sharded as another one of its shape is; itself where that is none."""
+    if not (isinstance(like, Tensor) and isinstance(value, Tensor)) or is_shard(value) or not is_shard(like):
+        return value
+    if value.shape != like.shape:
+        return value
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return torch.distributed.tensor.distribute_tensor(value.to(like.device, like.dtype), mesh, placements)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ from fitkit.microbatches import report_size
 from fitkit.optimization import OptimizerArgument, follow_parameters, left_out, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.preparation import OwnSteps, Preparation
-from fitkit.sharding import shard
+from fitkit.sharded_checkpoints import save_sharded, whole_state
+from fitkit.sharding import is_sharded, shard
 from fitkit.shared_steps import SharedStep, joined_outputs
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters
 from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
@@ -753,6 +754,9 @@ class Model:
         keeps outside of its state_dict is not. After a batch a callback that saves keeps what those in front of it have
         done, not what those behind it do then.
 
+        With strategy="fsdp" the path is that of a folder, in which torch's distributed checkpoint has what is sharded;
+        any number of processes can read it, with any strategy.
+
         Args:
             path: where to.
 
@@ -767,7 +771,10 @@ class Model:
                 state = self._progress.state_dict()
             else:
                 state = {**model_state(self, compiled), "run": self._ended()}
-            by_first(lambda: save_state(path, state))
+            if is_sharded(self.module):
+                save_sharded(path, state)
+            else:
+                by_first(lambda: save_state(path, state))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads weights, optimizer and history from a file of `save`; a fit after it trains all its epochs.
@@ -782,7 +789,7 @@ class Model:
         compiled = self._require_compiled()
         if self._progress is not None:
             raise ValueError("load(...) was called from within a fit of the same Model. Use fit(resume_from=...).")
-        state = read_training_state(path)
+        state = read_training_state(path, self.module)
         load_model(self, compiled, state, path)
         run = state["run"]
         self._ended = lambda: run
@@ -794,7 +801,8 @@ class Model:
             path: where to.
         """
         with self._together(processes_of(self._strategy)):
-            by_first(lambda: save_weights(self.module, path))
+            values = whole_state(self.module) if is_sharded(self.module) else None
+            by_first(lambda: save_weights(self.module, path, values))
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Reads weights that `save_weights` or ``torch.save(module.state_dict(), path)`` wrote.

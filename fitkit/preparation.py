@@ -341,7 +341,7 @@ def _saved_state(resume_from: Any, callbacks: Sequence[Callback], progress: Prog
         return None
     if isinstance(path, bool) or not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"Expected a path, received resume_from={show(path)}.")
-    state = read_training_state(path)
+    state = read_training_state(path, progress.compiled.module)
     progress.check(state, path)
     return state, path
 

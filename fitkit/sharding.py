@@ -10,15 +10,17 @@ part of the parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 
 from fitkit.batch import Share, tensors
-from fitkit.computation import Outcome
 from fitkit.distributed import Processes, begin_lasting_group, is_shard, running_as, share_tensors, summed
 from fitkit.windows import Window, multiply
+
+if TYPE_CHECKING:
+    from fitkit.computation import Outcome
 
 # Factors of two outputs that differ by more than rounding.
 ALIKE = 1e-9

@@ -267,6 +267,11 @@ class TrainStep:
         """What the next batch of the epoch depends on: the running numbers, and an open window with its gradients."""
         # Between two windows gradients are about to be cleared; those of a step of the user's own are the user's.
         kept = self._by_hand or not self._window.is_complete
+        if kept and isinstance(self.together, Sharding):
+            raise ValueError(
+                'strategy="fsdp" saves after batches that complete a step, received one in the midst of '
+                "accumulate_grad_batches. Save at the end of an epoch, or every so many whole steps."
+            )
         return {
             "index": self.index,
             "by_hand": self._by_hand,

@@ -10,16 +10,18 @@ that ended early), the gradients are corrected first and then handed to the wrap
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fitkit.batch import Share
-from fitkit.computation import Outcome
 from fitkit.distributed import Processes, any_of, summed
 from fitkit.windows import Window
+
+if TYPE_CHECKING:
+    from fitkit.computation import Outcome
 
 
 @final

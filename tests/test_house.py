@@ -36,9 +36,10 @@ FLOORS = [
     {"windows", "diagnosis", "transfer"},
     {"output_losses"},
     {"data", "metrics", "losses", "optimization", "gradients"},
-    {"history", "logs", "summary"},
+    {"history", "logs", "summary", "sharded_checkpoints"},
+    {"checkpoints"},
     {"distributed"},
-    {"batch", "checkpoints", "device", "durations", "figures", "flags"},
+    {"batch", "device", "durations", "figures", "flags"},
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.
