@@ -11,7 +11,8 @@ import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +48,21 @@ def add_note(error: Exception, note: str) -> None:
     elif error.args and isinstance(error.args[0], str):
         # Before Python 3.11 tracebacks know no notes. Most errors make their message of their arguments.
         error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
+
+
+@contextmanager
+def needing(package: str, extra: str, user: str) -> Iterator[None]:
+    """Around the import of an optional package: where it is missing, says who needs it and how it is installed.
+
+    Args:
+        package: its name.
+        extra: of fitkit's extras, the one that installs it.
+        user: what needs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{user} needs {package}: pip install 'fitkit[{extra}]'. ({error})") from error
 
 
 def show(value: object) -> str:

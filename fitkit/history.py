@@ -1,6 +1,6 @@
 """What a run recorded, one row an epoch, and what it can be turned into: a table, a plot, a frame, a file.
 
-Also here, for all who compare the numbers of epochs: which direction is the better one, and what is better.
+Plots are drawn in history_plots.py.
 """
 
 from __future__ import annotations
@@ -8,69 +8,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from fitkit.errors import check_choice, nearest, show, unknown_name
+from fitkit.errors import nearest, needing, show, unknown_name
+from fitkit.log_keys import best_index, direction_of, is_detail
 
 if TYPE_CHECKING:
     import pandas
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Direction = Literal["min", "max"]
-
-# Words in a metric's name that say that more of it is better ...
-_MORE = set(
-    re.findall(
-        r"\w+",
-        """acc accuracy auc auroc bleu corr corrcoef correlation dice explained f1 fbeta iou jaccard kappa map matthews
-        mcc mrr ndcg pearson precision psnr r2 recall rouge score sensitivity similarity spearman specificity ssim""",
-    )
-)
-# ... and those that say less is better whatever else is there: an accuracy's loss, a Brier score.
-_LESS = {"brier", "distance", "divergence", "err", "error", "loss"}
 # Epochs that a notebook shows of a longer run: the first and the last ones.
 NOTEBOOK_ROWS = 20
 _FORMAT = "fitkit history"
 _FORMAT_VERSION = 1
-
-
-def direction_of(monitor: str, mode: str = "auto") -> Direction:
-    """Whether less or more of a number is better.
-
-    Args:
-        monitor: the number's key, with or without ``val_``.
-        mode: "min" or "max" say it; "auto" goes by the words in the key: "accuracy", "f1", "auroc", "r2", "iou",
-            "correlation", "score" and their like mean "max", anything else "min".
-
-    Raises:
-        ValueError: mode is unknown.
-
-    Example:
-        >>> direction_of("val_accuracy"), direction_of("val_loss"), direction_of("BinaryF1Score")
-        ('max', 'min', 'max')
-    """
-    check_choice("mode", mode, ("auto", "min", "max"))
-    if mode != "auto":
-        return "min" if mode == "min" else "max"
-    spread = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", monitor)
-    words = set(re.findall(r"[a-z0-9]+", f"{monitor} {spread}".lower()))
-    words |= {word.rstrip("0123456789") for word in words}
-    return "max" if words & _MORE and not words & _LESS else "min"
-
-
-def improves(value: float, best: float | None, direction: Direction, min_delta: float = 0.0) -> bool:
-    """Whether value is better than best by more than min_delta. NaN never is; any number is better than None."""
-    if math.isnan(value):
-        return False
-    if best is None:
-        return True
-    return value + min_delta < best if direction == "min" else value - min_delta > best
 
 
 def as_number(key: str, value: Any) -> float | None:
@@ -88,11 +42,6 @@ def as_number(key: str, value: Any) -> float | None:
     if isinstance(value, str) or not hasattr(type(value), "__float__") or getattr(value, "shape", ()) != ():
         raise TypeError(f"Expected a number or a 0-d tensor in the logs, received logs[{key!r}]={show(value)}.")
     return float(value.detach() if isinstance(value, torch.Tensor) else value)
-
-
-def is_detail(key: str) -> bool:
-    """Whether the key is the gradient norm of one parameter: there may be hundreds, and only their total is shown."""
-    return re.fullmatch(r"grad_[^_]+_norm_(?!total$).+", key) is not None
 
 
 @final
@@ -166,7 +115,7 @@ class History:
         """
         if monitor not in self.history:
             raise unknown_name("monitor", monitor, self.history)
-        index = _best_index(self.history[monitor], direction_of(monitor, mode))
+        index = best_index(self.history[monitor], direction_of(monitor, mode))
         if index is None:
             raise ValueError(f"No epoch has a number for monitor={monitor!r}: {show(self.history[monitor])}.")
         return {"epoch": self.epoch[index], **{key: column[index] for key, column in self.history.items()}}
@@ -177,10 +126,8 @@ class History:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
+        with needing("pandas", "plot", "History.to_pandas"):
             import pandas
-        except ImportError as error:
-            raise ImportError("History.to_pandas needs pandas: pip install 'fitkit[plot]'.") from error
         index = pandas.Index(self.epoch, name="epoch", dtype="int64")
         return pandas.DataFrame(self.history, index=index, dtype="float64")
 
@@ -197,11 +144,9 @@ class History:
             ImportError: matplotlib is not installed.
             ValueError: a key is unknown, or there is nothing to draw.
         """
-        names = self._shown(metrics)
-        figure, places = _grid(len(names))
-        for axes, name in zip(places, names, strict=True):
-            self._plot_metric(axes, name)
-        return figure
+        with needing("matplotlib", "plot", "History.plot"):
+            from fitkit.history_plots import plot_run
+        return plot_run(self, metrics)
 
     @staticmethod
     def compare(histories: Mapping[str, History], metrics: str | Sequence[str] | None = None) -> Figure:
@@ -231,80 +176,9 @@ class History:
                 f"Expected {{label: History}}, received histories={show(histories)}. Give each run a label: "
                 'History.compare({"adam": first, "sgd": second}).'
             )
-        # One History with the keys of all finds the names.
-        every = History()
-        every.history = {key: [] for history in histories.values() for key in history}
-        names = every._shown(metrics)
-        figure, places = _grid(len(names))
-        for axes, name in zip(places, names, strict=True):
-            for index, (label, history) in enumerate(histories.items()):
-                history._add_to_comparison(axes, name, str(label), f"C{index % 10}")
-            if any(line.get_linestyle() == "--" for line in axes.lines):
-                axes.plot([], [], color="gray", linestyle="--", linewidth=1, label="training")
-            _finish(axes, name)
-        return figure
-
-    def _shown(self, metrics: str | Sequence[str] | None) -> list[str]:
-        """The names that a plot has an axis for."""
-        known = list(dict.fromkeys(self._training_key(key) for key in self.history))
-        if metrics is None:
-            names = [name for name in known if not is_detail(name)]
-        else:
-            names = [self._training_key(name) for name in ([metrics] if isinstance(metrics, str) else metrics)]
-        for name in names:
-            if name not in known:
-                raise unknown_name("metrics", name, known)
-        if not names:
-            raise ValueError("There is nothing to plot: no numbers are recorded.")
-        return names
-
-    def _add_to_comparison(self, axes: Axes, name: str, label: str, color: str) -> None:
-        judged = self._judged(name)
-        for key in dict.fromkeys((name, judged)):
-            points = self._points(key)
-            if not points:
-                continue
-            solid = key == judged
-            axes.plot(
-                list(points),
-                list(points.values()),
-                color=color,
-                linestyle="-" if solid else "--",
-                linewidth=1.5 if solid else 1,
-                label=label if solid else None,
-            )
-        best = None if _has_no_best(name) else _best_index(self.history.get(judged, ()), direction_of(judged))
-        if best is not None:
-            epoch = self.epoch[best] + 1
-            axes.plot([epoch], [self._points(judged)[epoch]], marker="o", color=color)
-
-    def _judged(self, name: str) -> str:
-        """The key by which an epoch is the best: validation where there is one."""
-        return f"val_{name}" if f"val_{name}" in self.history else name
-
-    def _points(self, key: str) -> dict[int, float]:
-        """What was measured, by the epoch counted from 1: a line has no gap where an epoch had no validation."""
-        return {self.epoch[i] + 1: y for i, y in enumerate(self.history.get(key, ())) if y is not None}
-
-    def _training_key(self, key: str) -> str:
-        # A validation key without its training key, as a callback may add one, stands for itself.
-        stripped = key.removeprefix("val_")
-        return stripped if stripped in self.history or f"val_{stripped}" in self.history else key
-
-    def _plot_metric(self, axes: Axes, name: str) -> None:
-        judged = self._judged(name)
-        # Of a learning rate or a gradient norm there is no validation to tell it from, and no best one.
-        training = None if _has_no_best(name) else "training"
-        for key, label in ((name, training), (f"val_{name}", "validation")):
-            points = self._points(key)
-            if points:
-                marker = "o" if len(points) <= 30 else ""
-                axes.plot(list(points), list(points.values()), marker=marker, markersize=3, label=label)
-        best = None if _has_no_best(name) else _best_index(self.history[judged], direction_of(judged))
-        if best is not None:
-            label = f"best: epoch {self.epoch[best] + 1} ({self.history[judged][best]:.4g})"
-            axes.axvline(self.epoch[best] + 1, color="gray", linestyle="--", linewidth=1, label=label)
-        _finish(axes, name)
+        with needing("matplotlib", "plot", "History.compare"):
+            from fitkit.history_plots import plot_comparison
+        return plot_comparison(histories, metrics)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file, whole or not at all; NaN and infinities are strings in it.
@@ -428,41 +302,6 @@ class History:
         if most is not None and len(rows) > most:
             rows[most // 2 : -(most // 2)] = [["⋯"]]
         return str(tabulate(rows, headers=["epoch", *shown], tablefmt=style, floatfmt=".5g", missingval=""))
-
-
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with so many axes, three in a row."""
-    try:
-        from fitkit.figures import ShownFigure
-    except ImportError as error:
-        raise ImportError("A plot of a History needs matplotlib: pip install 'fitkit[plot]'.") from error
-    columns = min(count, 3)
-    rows = math.ceil(count / columns)
-    figure = ShownFigure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, position) for position in range(1, count + 1)]
-
-
-def _finish(axes: Axes, name: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set(title=name, xlabel="epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize="small")
-
-
-def _has_no_best(name: str) -> bool:
-    """Whether it is a learning rate or a gradient norm, of which none is the best."""
-    return name == "learning_rate" or name.startswith("grad_")
-
-
-def _best_index(column: Sequence[float | None], direction: Direction) -> int | None:
-    best: float | None = None
-    found = None
-    for index, value in enumerate(column):
-        if value is not None and improves(value, best, direction):
-            best, found = value, index
-    return found
 
 
 def _to_json(number: float | None) -> float | str | None:

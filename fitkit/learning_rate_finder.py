@@ -20,7 +20,7 @@ from fitkit.callbacks import Callback
 from fitkit.computation import Compiled
 from fitkit.data import kept_generators
 from fitkit.device import copy_back, kept_random_state
-from fitkit.errors import check_integer, check_number
+from fitkit.errors import check_integer, check_number, needing
 from fitkit.gradients import kept_gradients
 from fitkit.steps import held_parameters
 from fitkit.summary import kept_buffers
@@ -119,10 +119,8 @@ class LearningRateCurve:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
+        with needing("matplotlib", "plot", "LearningRateCurve.plot"):
             from fitkit.figures import ShownFigure
-        except ImportError as error:
-            raise ImportError("LearningRateCurve.plot needs matplotlib: pip install 'fitkit[plot]'.") from error
         figure = ShownFigure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot()
         smoothed = self.smoothed

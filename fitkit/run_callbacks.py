@@ -62,21 +62,25 @@ def check_monitors(callbacks: Sequence[Callback], known: Collection[str], *, own
 
 def _check_kept_weights(callbacks: Sequence[Callback]) -> None:
     """Refuses to keep the weights that are trained for the numbers of their average, which is what was validated."""
+    averaging = [each for each in (*callbacks, *_called(callbacks)) if isinstance(each, SwapEMAWeights)]
     for index, callback in enumerate(callbacks):
-        if not (
-            isinstance(callback, EarlyStopping)
-            and callback.restore_best_weights
-            and callback.monitor.startswith("val_")
-        ):
-            continue
         before = [each for each in callbacks[:index] if isinstance(each, SwapEMAWeights)]
-        averaging = [each for each in (*callbacks, *_called(callbacks)) if isinstance(each, SwapEMAWeights)]
-        if averaging and not any(each.swap_on_epoch for each in before):
+        keeping = _keeping_for_validation(callback)
+        if averaging and keeping and not any(each.swap_on_epoch for each in before):
             raise ValueError(
-                f"EarlyStopping(monitor={callback.monitor!r}, restore_best_weights=True) would restore weights that "
-                "were never validated: the validation is that of the average which SwapEMAWeights keeps. Let it have "
-                "that: callbacks=[SwapEMAWeights(swap_on_epoch=True), EarlyStopping(...)], in this order."
+                f"{keeping} weights that were never validated: the validation is that of the average which "
+                "SwapEMAWeights keeps. Let it have that: callbacks=[SwapEMAWeights(swap_on_epoch=True), "
+                f"{type(callback).__name__}(...)], in this order."
             )
+
+
+def _keeping_for_validation(callback: Callback) -> str | None:
+    """Of a callback that keeps an epoch's weights for a number of its validation, the beginning of what it would do."""
+    if isinstance(callback, EarlyStopping) and callback.restore_best_weights and callback.monitor.startswith("val_"):
+        return f"EarlyStopping(monitor={callback.monitor!r}, restore_best_weights=True) would restore"
+    if isinstance(callback, ModelCheckpoint) and callback.validation_key is not None:
+        return f"ModelCheckpoint({callback.filepath!r}), which goes by {callback.validation_key!r}, would save"
+    return None
 
 
 def _called(callbacks: Sequence[Callback]) -> list[Callback]:

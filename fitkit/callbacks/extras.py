@@ -8,7 +8,7 @@ from typing import Any
 
 from fitkit.callbacks.callback import Callback
 from fitkit.callbacks.optimizer import LEARNING_RATE
-from fitkit.errors import show
+from fitkit.errors import needing, show
 from fitkit.history import as_number
 from fitkit.optimization import learning_rates
 
@@ -24,13 +24,11 @@ def import_extra(module: str, extra: str, user: str) -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    try:
+    with needing(extra, extra, user):
         found = importlib.import_module(module)
         # A folder of that name, such as the one that W&B keeps its files in, can be imported as an empty package.
         if getattr(found, "__file__", None) is None:
             raise ImportError(f"{module} is a folder here, {show(list(found.__path__))}, and no package")
-    except ImportError as error:
-        raise ImportError(f"{user} needs {extra}: pip install 'fitkit[{extra}]'. ({error})") from error
     return found
 
 

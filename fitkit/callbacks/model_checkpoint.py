@@ -33,6 +33,9 @@ class ModelCheckpoint(MonitorCallback):
     A file that is saved after a batch holds what the callbacks in front of this one have done then, and not what those
     after it still do: put it last in the list where ``fit(resume_from=path)`` is to go on from such files.
 
+    Beside `SwapEMAWeights`, whose average is what a validation measures, files that are chosen or named by a number of
+    the validation hold that average: ``[SwapEMAWeights(swap_on_epoch=True), ModelCheckpoint(...)]``, in this order.
+
     Args:
         filepath: where to; ``{epoch}`` and ``{batch}`` count from 1, and other keys of the logs may stand in it too, as
             in ``"run/{epoch:03d}-{val_loss:.3f}.pt"``. With save_weights_only, ``.safetensors`` uses safetensors.
@@ -115,6 +118,13 @@ class ModelCheckpoint(MonitorCallback):
         return f"{type(self).__name__}({self.monitor}, {os.path.basename(self.filepath)})"
 
     @property
+    def validation_key(self) -> str | None:
+        """The number of an epoch's validation that its files are chosen or named by; None where it is none."""
+        keys = [self.monitor, *self._fields] if self._judges else self._fields
+        of_epochs = keys if self.save_freq == "epoch" else []
+        return next((key for key in of_epochs if key.startswith("val_")), None)
+
+    @property
     def best_path(self) -> str | None:
         """The file of the best value; None before the first one."""
         return self._kept[0][0] if self._kept else None
@@ -138,6 +148,7 @@ class ModelCheckpoint(MonitorCallback):
 
     @property
     def _judges(self) -> bool:
+        """Whether a value decides what is saved."""
         return self.save_best_only or self.save_top_k is not None
 
     def _reset(self) -> None:

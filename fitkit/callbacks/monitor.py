@@ -7,7 +7,8 @@ from typing import Any
 
 from fitkit.callbacks.callback import Callback
 from fitkit.errors import check_number, nearest, show
-from fitkit.history import as_number, direction_of, improves
+from fitkit.history import as_number
+from fitkit.log_keys import direction_of, improves
 
 
 class MonitorCallback(Callback):

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from fitkit.callbacks.callback import Callback
 from fitkit.callbacks.display import TextBar, in_notebook, notebook_bar, print_line, shows_bars
 from fitkit.errors import check_number
-from fitkit.history import as_number, is_detail
+from fitkit.history import as_number
+from fitkit.log_keys import is_detail
 
 # Bars longer than the interval spend at most this part of the time on reading metrics and drawing.
 LARGEST_SHARE = 0.1

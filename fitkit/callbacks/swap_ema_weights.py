@@ -27,8 +27,9 @@ class SwapEMAWeights(Callback):
     a BatchNorm's running statistics remain those of the training weights. Where that matters, let
     ``torch.optim.swa_utils.update_bn(batches of inputs, module)`` measure them anew after the fit.
 
-    A callback that keeps or saves weights in ``on_epoch_end``, such as ``EarlyStopping(restore_best_weights=True)``,
-    gets the average with ``swap_on_epoch=True`` and after this one in the list.
+    A callback that keeps or saves weights in ``on_epoch_end`` gets the average with ``swap_on_epoch=True`` and after
+    this one in the list. Those that do so for a number of the validation, ``EarlyStopping(restore_best_weights=True)``
+    and ``ModelCheckpoint(save_best_only=True)``, are refused otherwise: they would keep weights never validated.
 
     Args:
         swap_on_epoch: whether the module has the average from this callback's ``on_epoch_end`` to the beginning of

@@ -16,7 +16,7 @@ from fitkit.callbacks.extras import check_hyperparameters, import_extra, measure
 from fitkit.callbacks.optimizer import LEARNING_RATE
 from fitkit.device import kept_modes, kept_random_state
 from fitkit.errors import check_flag, check_integer, show
-from fitkit.history import is_detail
+from fitkit.log_keys import is_detail
 from fitkit.optimization import learning_rates
 
 

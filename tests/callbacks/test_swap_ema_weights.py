@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fitkit
-from fitkit.callbacks import Callback, EarlyStopping, Every, LambdaCallback, SwapEMAWeights
+from fitkit.callbacks import Callback, EarlyStopping, Every, LambdaCallback, ModelCheckpoint, SwapEMAWeights
 
 X = torch.linspace(-1, 1, 40).reshape(20, 2)
 Y = X.sum(1, keepdim=True) + 0.5
@@ -127,6 +127,52 @@ def test_weights_that_were_never_validated_are_not_kept(chosen: list[Callback]) 
 @pytest.mark.parametrize("stopping", [EarlyStopping("val_loss"), EarlyStopping("loss", restore_best_weights=True)])
 def test_early_stopping_that_keeps_no_weights_for_a_validation_needs_no_swap(stopping: EarlyStopping) -> None:
     assert len(fitted(compiled(), SwapEMAWeights(), stopping, validation_data=(X, Y))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("best.pt", {"save_best_only": True}),
+        ("best.pt", {"save_best_only": True, "save_weights_only": True}),
+        ("best.pt", {"save_top_k": 1}),
+        ("{epoch}-{val_loss:.2f}.pt", {}),
+    ],
+    ids=["save_best_only", "save_weights_only", "save_top_k", "by name"],
+)
+def test_files_by_a_validation_do_not_hold_weights_that_were_never_validated(
+    tmp_path: Path, name: str, arguments: dict[str, Any]
+) -> None:
+    saving = ModelCheckpoint(tmp_path / name, **arguments)
+    with pytest.raises(ValueError, match=r"goes by 'val_loss', would save weights that were never validated.*Model"):
+        fitted(compiled(), SwapEMAWeights(), saving, validation_data=(X, Y))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_best_file_holds_the_average_that_was_the_best(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path / "best.pt", save_best_only=True)
+    history = fitted(compiled(), SwapEMAWeights(swap_on_epoch=True), saving, validation_data=(X, Y))
+    model = compiled()
+    model.load(tmp_path / "best.pt")
+    assert model.evaluate(X, Y, verbose=0) == pytest.approx(history.best("val_loss")["val_loss"], rel=1e-6)
+
+
+def test_a_run_goes_on_from_a_file_of_the_average_as_if_undisturbed(tmp_path: Path) -> None:
+    def run(epochs: int, **arguments: Any) -> fitkit.Model:
+        averaging = SwapEMAWeights(swap_on_epoch=True, momentum=0.9)
+        saving = ModelCheckpoint(tmp_path / "{epoch}-{val_loss:.2f}.pt")
+        model = compiled()
+        fitted(model, averaging, saving, epochs=epochs, validation_data=(X, Y), **arguments)
+        return model
+
+    whole = run(3)
+    [second] = tmp_path.glob("2-*.pt")
+    assert all(map(torch.equal, run(3, resume_from=second).module.parameters(), whole.module.parameters()))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"monitor": "loss", "save_best_only": True}, {"save_freq": 1}])
+def test_files_that_no_validation_judges_need_no_swap(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    fitted(compiled(), SwapEMAWeights(), ModelCheckpoint(tmp_path / "a.pt", **arguments), validation_data=(X, Y))
+    assert (tmp_path / "a.pt").exists()
 
 
 def test_a_run_that_an_error_ends_has_the_average_too() -> None:
