@@ -35,8 +35,8 @@ class Share:
     """What one of several processes has of a batch.
 
     Attributes:
-        batch: its part; None where it has none of the samples.
-        samples: in its part.
+        batch: its part; None where it has none of the samples. Where the module is sharded, one sample then stands in.
+        samples: in its part, that count.
         of: samples in the whole batch.
     """
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fitkit.distributed import shard_like
 from fitkit.errors import CheckpointError, show
 
 Path = str | os.PathLike[str]
@@ -131,7 +132,7 @@ def load_state(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], _read_archive(path, "state"))
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
+def save_weights(module: nn.Module, path: Path, values: Mapping[str, Any] | None = None) -> None:
     """Keeps the module's state_dict: its parameters and persistent buffers.
 
     ``torch.load(path, weights_only=True)`` reads the file too, and so does every reader of safetensors if the path
@@ -140,12 +141,13 @@ def save_weights(module: nn.Module, path: Path) -> None:
     Args:
         module: any module whose lazy parameters, if it has such, have met their first batch.
         path: where the file goes; see :func:`write_atomically`.
+        values: of the state_dict, where the module itself has only parts of them.
 
     Raises:
         ValueError: a lazy parameter has no values yet; or a safetensors file is to hold what is no tensor.
         ImportError: a ``.safetensors`` path without the package safetensors.
     """
-    state = module.state_dict(keep_vars=True)
+    state = module.state_dict(keep_vars=True) if values is None else values
     lazy = [name for name, value in state.items() if is_lazy(value)]
     if lazy:
         raise ValueError(
@@ -155,7 +157,8 @@ def save_weights(module: nn.Module, path: Path) -> None:
         save = _safetensors_saver(state)
         write_atomically(path, lambda file: save(file.name))
     else:
-        write_atomically(path, lambda file: _write_archive(file, module.state_dict(), "weights"))
+        kept = module.state_dict() if values is None else values
+        write_atomically(path, lambda file: _write_archive(file, kept, "weights"))
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -339,7 +342,7 @@ def fill(module: nn.Module, state: Mapping[str, Any], path: Path) -> None:
     state = _with_shared_names(state, own)
     problems = _problems(state, own)
     if not problems and all(isinstance(value, Tensor) for value in own.values()):
-        module.load_state_dict(state)
+        module.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()})
         return
     message = f"{os.fspath(path)} does not fit the module, which is left as it was. {problems}".strip()
     if any(is_lazy(value) for value in own.values()):

@@ -6,6 +6,7 @@ made one. Nothing here knows about models or batches; how gradients come togethe
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -22,8 +23,8 @@ from torch import Tensor
 from fitkit.device import random_state, restore_random_state
 from fitkit.errors import check_choice
 
-Strategy = Literal["auto", "ddp", "single"]
-STRATEGIES = ("auto", "ddp", "single")
+Strategy = Literal["auto", "ddp", "fsdp", "single"]
+STRATEGIES = ("auto", "ddp", "fsdp", "single")
 Value = TypeVar("Value")
 
 # What torchrun, or another launcher, tells each process.
@@ -36,6 +37,8 @@ _store: Any = None
 _groups = itertools.count()
 _excepthook: Any = None
 _running: Processes | None = None
+# Where the group met that lasts as long as the process, since the parameters of a sharded module need it.
+_lasting: Any = None
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,26 @@ class Processes:
     Attributes:
         rank: which of them this is, from 0.
         world: how many there are.
+        is_sharded: whether each keeps only its part of the module, so that no pass works without all of them.
     """
 
     rank: int
     world: int
+    is_sharded: bool = False
 
     def part(self, samples: int) -> tuple[int, int]:
-        """The first and the last (exclusive) of so many samples that are this process's; the first ranks get more."""
+        """The first and the last (exclusive) of so many samples that this process takes; the first ranks get more.
+
+        Where the module is sharded, a process without any takes the first one, which it does not count.
+        """
         each, more = divmod(samples, self.world)
         start = self.rank * each + min(self.rank, more)
-        return start, start + each + (self.rank < more)
+        stop = start + each + (self.rank < more)
+        return (0, 1) if stop == start and samples and self.is_sharded else (start, stop)
+
+    def count(self, samples: int) -> int:
+        """How many of so many samples this process counts."""
+        return samples // self.world + (self.rank < samples % self.world)
 
 
 def check_strategy(strategy: str) -> Strategy:
@@ -63,16 +76,12 @@ def check_strategy(strategy: str) -> Strategy:
     Raises:
         ValueError: it is unknown, or asks for several processes where there is one.
     """
-    if strategy == "fsdp":
-        raise ValueError(
-            'strategy="fsdp" is not there yet: fitkit keeps the whole module in each process. Use strategy="ddp", or '
-            '"auto", which is the same under torchrun.'
-        )
     check_choice("strategy", strategy, STRATEGIES)
-    if strategy == "ddp" and not is_launched():
+    if strategy in ("ddp", "fsdp") and not is_launched():
         raise ValueError(
-            'strategy="ddp" needs several processes, received one that no launcher has started. Start the script with '
-            'torchrun --nproc-per-node N, or make a group with torch.distributed.init_process_group, or use "auto".'
+            f'strategy="{strategy}" needs several processes, received one that no launcher has started. Start the '
+            "script with torchrun --nproc-per-node N, or make a group with torch.distributed.init_process_group, or "
+            'use "auto".'
         )
     return strategy  # type: ignore[return-value]  # checked
 
@@ -90,9 +99,10 @@ def processes_of(strategy: Strategy) -> Processes | None:
     """The processes that share the work; None where each works alone."""
     if strategy == "single" or not is_launched():
         return None
+    sharded = strategy == "fsdp"
     if dist.is_initialized():
-        return Processes(dist.get_rank(), dist.get_world_size())
-    return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return Processes(dist.get_rank(), dist.get_world_size(), sharded)
+    return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sharded)
 
 
 def own_device(device: Any, strategy: Strategy) -> Any:
@@ -136,8 +146,9 @@ def together(processes: Processes | None, device: torch.device) -> Iterator[None
         if store is not None:
             _settle()
     except BaseException as error:
-        if store is not None:
-            _tell(store, processes, error)
+        if store is not None or _lasting is not None:
+            _tell(store or _lasting, processes, error)
+        end_lasting_group()  # or the others would wait for this process
         raise
     finally:
         _running = None
@@ -146,6 +157,64 @@ def together(processes: Processes | None, device: torch.device) -> Iterator[None
             # tensor go, for which it needs the lock, gets it before.
             time.sleep(0.02)
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def running_as(processes: Processes) -> Iterator[None]:
+    """While what follows lasts, the processes talk in the group that is there."""
+    global _running
+    before, _running = _running, processes
+    try:
+        yield
+    finally:
+        _running = before
+
+
+def begin_lasting_group(processes: Processes, device: torch.device) -> None:
+    """Makes the group that lasts until the process ends or an error ends a run; does nothing where there is a group."""
+    global _lasting
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _lasting = _make_group(processes, device)
+    atexit.register(end_lasting_group)
+
+
+def end_lasting_group() -> None:
+    """Ends the group of `begin_lasting_group`, if there is one."""
+    global _lasting
+    if _lasting is not None:
+        _lasting = None
+        atexit.unregister(end_lasting_group)
+        if dist.is_initialized():
+            time.sleep(0.02)  # as above
+            dist.destroy_process_group()
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether the tensor is one of which each process has a part (torch's DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of this process; a plain tensor is its own."""
+    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shard_like(value: Any, like: Any) -> Any:
+    """The value, as a tensor that is sharded as another one of its shape is; itself where that is none."""
+    if not (isinstance(like, Tensor) and isinstance(value, Tensor)) or is_shard(value) or not is_shard(like):
+        return value
+    if value.shape != like.shape:
+        return value
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return torch.distributed.tensor.distribute_tensor(value.to(like.device, like.dtype), mesh, placements)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, from the parts of all processes; to be called by all of them."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _make_group(processes: Processes, device: torch.device) -> Any:
@@ -278,6 +347,8 @@ def share_tensors(tensors: Iterable[Tensor]) -> None:
         return
     with torch.no_grad():
         for tensor in tensors:
+            if is_shard(tensor):
+                continue
             plain = tensor.detach().contiguous()
             dist.broadcast(plain.view(torch.uint8) if plain.dtype == torch.bool else plain, src=0)
             if plain.data_ptr() != tensor.data_ptr():

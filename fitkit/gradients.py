@@ -10,6 +10,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from fitkit.distributed import is_first, is_shard, local
+
+# What torch adds to a norm before it divides by it.
+CLIP_EPSILON = 1e-6
+
 
 @final
 class GradientNorms:
@@ -38,8 +43,8 @@ class GradientNorms:
         gradients = [parameter.grad for parameter in self._parameters]
         present = [gradient for gradient in gradients if gradient is not None]
         if not present:
-            return self._parameters[0].new_zeros(len(gradients) + 1)
-        norms = torch.stack(torch._foreach_norm(present, self._order))
+            return local(self._parameters[0]).new_zeros(len(gradients) + 1)
+        norms = _norms(present, self._order)
         total = torch.linalg.vector_norm(norms, self._order)
         if len(present) < len(gradients):  # parameters that took no part have a gradient of norm 0
             places = torch.tensor([index for index, gradient in enumerate(gradients) if gradient is not None])
@@ -98,10 +103,34 @@ def clip_gradients(parameters: Sequence[nn.Parameter], most: float, total: Tenso
         most: the largest norm allowed.
         total: the norm where it is known already.
     """
-    if total is None:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if any(map(is_shard, gradients)):
+        if total is None:
+            total = torch.linalg.vector_norm(_norms(gradients, 2.0))
+        factor = (most / (total + CLIP_EPSILON)).clamp(max=1.0)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+    elif total is None:
         torch.nn.utils.clip_grad_norm_(parameters, most)
     else:
         torch.nn.utils.clip_grads_with_norm_(parameters, most, total)
+
+
+def _norms(gradients: list[Tensor], order: float) -> Tensor:
+    """The norm of each gradient, over the parts of all processes where it is sharded."""
+    if not any(map(is_shard, gradients)):
+        return torch.stack(torch._foreach_norm(gradients, order))
+    # A process may have an empty part, of which torch gives no largest value.
+    parts = [part if part.numel() else part.new_zeros(1) for part in map(local, gradients)]
+    norms = torch.stack(torch._foreach_norm(parts, order))
+    # What is no shard is the same in all processes, and counted once.
+    ours = torch.tensor([is_shard(gradient) or is_first() for gradient in gradients], device=norms.device)
+    norms = torch.where(ours, norms, 0.0)
+    if order == math.inf:
+        torch.distributed.all_reduce(norms, op=torch.distributed.ReduceOp.MAX)
+        return norms
+    powers = norms**order
+    torch.distributed.all_reduce(powers)
+    return powers ** (1 / order)
 
 
 def norm_names(module: nn.Module, parameters: Sequence[nn.Parameter], order: float) -> list[str]:

@@ -16,6 +16,7 @@ from fitkit.callbacks.display import print_line
 from fitkit.flags import TrainingFlags
 from fitkit.logs import BatchLogs
 from fitkit.steps import TrainStep
+from fitkit.synchronisation import Synchronisation
 
 
 def split_by(flags: TrainingFlags, step: TrainStep) -> TrainStep | FixedParts | FittingParts:
@@ -77,7 +78,7 @@ class FittingParts:
         self.logs: BatchLogs = step.logs
         self.size: int | None = None
         self._step = step
-        if step.together is not None:
+        if isinstance(step.together, Synchronisation):
             step.together.in_one_pass = False
 
     def __call__(self, batch: Any, index: int) -> None:

@@ -51,6 +51,8 @@ from fitkit.microbatches import report_size
 from fitkit.optimization import OptimizerArgument, follow_parameters, left_out, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.preparation import OwnSteps, Preparation
+from fitkit.sharded_checkpoints import save_sharded, whole_state
+from fitkit.sharding import is_sharded, shard
 from fitkit.shared_steps import SharedStep, joined_outputs
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters
 from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
@@ -68,12 +70,15 @@ class Model:
     Subclass it to override `training_step`, `validation_step` or `predict_step`; nothing else needs a subclass.
 
     Args:
-        module: any torch.nn.Module. It is moved to the device; its parameters stay the same objects.
+        module: any torch.nn.Module. It is moved to the device; its parameters stay the same objects, apart from those
+            that strategy="fsdp" shards.
         device: "auto" takes the accelerator when there is one, else the CPU; or a name or torch.device. Of several
             processes on a machine each takes an accelerator of its own.
         strategy: "auto" shares the work with the other processes where torchrun or another launcher started this one,
             or where the user has made a process group; so does "ddp", which is an error where there are no others.
-            "single" works alone. See docs/processes.md.
+            "fsdp" does so too, and keeps in each process only a part of parameters, gradients and optimizer state: they
+            are sharded here, so that an optimizer has to be made afterwards. "single" works alone. See
+            docs/processes.md.
 
     Attributes:
         module: the module; another one needs another Model.
@@ -102,6 +107,9 @@ class Model:
         self._strategy = check_strategy(strategy)
         self.device = resolve_device(own_device(device, self._strategy))
         self._module = module.to(self.device)
+        processes = processes_of(self._strategy)
+        if processes is not None and processes.is_sharded:
+            shard(self._module, processes, self.device)
         self.history = History()
         self.stop_training = False
         self._compiled: Compiled | None = None
@@ -165,6 +173,11 @@ class Model:
             raise ValueError(
                 "jit_compile=True does not reach a step of your own, which calls self.module. Call "
                 "model.module.compile() instead."
+            )
+        if self._strategy == "fsdp" and (jit_compile or precision in ("16-mixed", "64-true")):
+            raise ValueError(
+                f'strategy="fsdp" goes with precision="32-true" or "bf16-mixed" and without jit_compile, received '
+                f"{precision=}, {jit_compile=}. For float64 call module.double() before fitkit.Model(...)."
             )
         losses = None if loss is None else OutputLosses(loss, loss_weights)
         if losses is None and loss_weights is not None:
@@ -604,6 +617,8 @@ class Model:
             TypeError: arguments of a wrong type.
         """
         check_flag("return_dict", return_dict)
+        if self._strategy == "fsdp":
+            raise ValueError('train_on_batch(...) trains whole batches in each process, which strategy="fsdp" cannot.')
         prepared = self._preparation()
         compiled = prepared.compiled
         step = TrainStep(compiled, prepared.own.training, prepared.class_weight(class_weight, sample_weight))
@@ -739,6 +754,9 @@ class Model:
         keeps outside of its state_dict is not. After a batch a callback that saves keeps what those in front of it have
         done, not what those behind it do then.
 
+        With strategy="fsdp" the path is that of a folder, in which torch's distributed checkpoint has what is sharded;
+        any number of processes can read it, with any strategy.
+
         Args:
             path: where to.
 
@@ -753,7 +771,10 @@ class Model:
                 state = self._progress.state_dict()
             else:
                 state = {**model_state(self, compiled), "run": self._ended()}
-            by_first(lambda: save_state(path, state))
+            if is_sharded(self.module):
+                save_sharded(path, state)
+            else:
+                by_first(lambda: save_state(path, state))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads weights, optimizer and history from a file of `save`; a fit after it trains all its epochs.
@@ -768,7 +789,7 @@ class Model:
         compiled = self._require_compiled()
         if self._progress is not None:
             raise ValueError("load(...) was called from within a fit of the same Model. Use fit(resume_from=...).")
-        state = read_training_state(path)
+        state = read_training_state(path, self.module)
         load_model(self, compiled, state, path)
         run = state["run"]
         self._ended = lambda: run
@@ -780,7 +801,8 @@ class Model:
             path: where to.
         """
         with self._together(processes_of(self._strategy)):
-            by_first(lambda: save_weights(self.module, path))
+            values = whole_state(self.module) if is_sharded(self.module) else None
+            by_first(lambda: save_weights(self.module, path, values))
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Reads weights that `save_weights` or ``torch.save(module.state_dict(), path)`` wrote.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fitkit.distributed import is_shard
 from fitkit.errors import check_number, show, unknown_name
 
 OptimizerArgument = str | Optimizer | Callable[[list[nn.Parameter]], Optimizer]
@@ -86,7 +87,9 @@ def _by_name(name: str, module: nn.Module, learning_rate: float | None) -> Optim
     # torch refuses fused kernels for some devices and dtypes, and says so in the constructor only.
     # Neither takes the sparse gradients that an embedding may be asked to make.
     sparse = any(getattr(child, "sparse", False) is True for child in module.modules())
-    for implementation in () if sparse else ("fused", "foreach"):
+    # Of sharded parameters torch has no fused step for every optimizer, and says so at the first one.
+    implementations = ("foreach",) if any(map(is_shard, parameters)) else ("fused", "foreach")
+    for implementation in () if sparse else implementations:
         if implementation in accepted and all(parameter.is_floating_point() for parameter in parameters):
             try:
                 return kind(parameters, **options, **{implementation: True})  # type: ignore[no-any-return]
@@ -123,9 +126,15 @@ def _refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
     own = {id(parameter) for parameter in module.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not any(id(parameter) in own for parameter in held):
+        advice = "Make it from the parameters of the module that the Model was given."
+        if any(map(is_shard, module.parameters())):
+            advice = (
+                'strategy="fsdp" has put others in their place: make it from model.module.parameters() after '
+                "fitkit.Model(...), or pass a name or a callable."
+            )
         raise ValueError(
             "Expected an optimizer over parameters of the module, received an optimizer that holds none of them. "
-            "Make it from the parameters of the module that the Model was given."
+            f"{advice}"
         )
 
 

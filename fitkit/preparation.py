@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 
 from fitkit._types import ModelProtocol
-from fitkit.callbacks import BackupAndRestore, Callback, EarlyStopping, ProgressBar
+from fitkit.callbacks import BackupAndRestore, Callback, EarlyStopping, ProgressBar, SwapEMAWeights
 from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, implemented_hooks
 from fitkit.computation import ClassWeight, Compiled, UserStep
@@ -103,6 +103,8 @@ class Preparation:
         self.check_parts(training, "data", given.class_weight)
         self.check_parts(held_out, "validation_data")
 
+        self._check_sharded(flags, chosen)
+
         history = History()
         history.params = _params(flags, batches, validation_plan, level)
         hooks = self.hooks(chosen, history.params, history, introduces=introduces)
@@ -118,6 +120,21 @@ class Preparation:
         validation = validation_plan and self.test_run(validation_plan, hooks)
         take_batch = taking_shares(parts, step)
         return FitRun(self.model, step, batches, hooks, flags, take_batch, validation, chosen, progress, history)
+
+    def _check_sharded(self, flags: TrainingFlags, callbacks: Sequence[Callback]) -> None:
+        """Refuses what a module cannot have of which each process keeps a part."""
+        if self.processes is None or not self.processes.is_sharded:
+            return
+        if flags.micro_batch_size is not None:
+            raise ValueError(
+                f'strategy="fsdp" takes the whole of its part of a batch at once, received '
+                f"micro_batch_size={show(flags.micro_batch_size)}. Use accumulate_grad_batches and smaller batches."
+            )
+        for index, callback in enumerate(callbacks):
+            if isinstance(callback, SwapEMAWeights):
+                raise ValueError(
+                    f'strategy="fsdp" does not go with callbacks[{index}]={show(callback)}, which keeps whole weights.'
+                )
 
     # Data
 
@@ -324,7 +341,7 @@ def _saved_state(resume_from: Any, callbacks: Sequence[Callback], progress: Prog
         return None
     if isinstance(path, bool) or not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"Expected a path, received resume_from={show(path)}.")
-    state = read_training_state(path)
+    state = read_training_state(path, progress.compiled.module)
     progress.check(state, path)
     return state, path
 

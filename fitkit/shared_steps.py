@@ -30,6 +30,8 @@ class Skipping(Protocol):
 
     def skip(self, index: int) -> None: ...
 
+    def stand_in(self, batch: Any, index: int, /) -> None: ...
+
 
 @final
 class SharedStep:
@@ -59,6 +61,8 @@ class SharedStep:
         if share.samples:
             self.taken.append(index)
             self._step(share.batch, index)
+        elif share.batch is not None:
+            self._skipping.stand_in(share.batch, index)
         else:
             self._skipping.skip(index)
 

@@ -22,6 +22,7 @@ from fitkit.joint_losses import JointLosses
 from fitkit.logs import BatchLogs, read
 from fitkit.numbers import Numbers
 from fitkit.optimization import check_holds_trainable
+from fitkit.sharding import Sharding
 from fitkit.synchronisation import Synchronisation
 from fitkit.windows import Window
 
@@ -62,8 +63,10 @@ class TrainStep:
         if processes is not None:
             self.numbers.is_shared, world = True, processes.world
         self._window = Window(losses, world)
-        self.together: Synchronisation | None = None
-        if processes is not None:
+        self.together: Synchronisation | Sharding | None = None
+        if processes is not None and processes.is_sharded:
+            self.together = Sharding(processes, self._window)
+        elif processes is not None:
             self.together = Synchronisation(processes, compiled.module, self._window, compiled.device)
         self.processes = processes
         self._clip = gradient_clip_val
@@ -121,7 +124,7 @@ class TrainStep:
         # Backward.
         if has_gradient := self._has_gradient(outcome):
             if together is not None:
-                together.backward(outcome.parts, self._scaler, self._held)
+                together.backward(outcome, self._scaler, self._held)
             else:
                 loss, seed = self._window.take(outcome.parts)
                 if self._window.is_separate:
@@ -143,6 +146,16 @@ class TrainStep:
         """Takes part in a batch of which this process has no sample."""
         if self._window.is_complete:
             self._open_window(index, 1)
+        self.index = index
+        self.end_batch()
+
+    def stand_in(self, batch: Any, index: int) -> None:
+        """Takes part in a batch of which this process has no sample, by one that does not count."""
+        assert isinstance(self.together, Sharding)  # otherwise there is no such batch
+        if self._window.is_complete:
+            self._open_window(index, 1)
+        self.together.pass_nothing(self._compute(batch, index))
+        self._latest = batch
         self.index = index
         self.end_batch()
 
@@ -254,6 +267,11 @@ class TrainStep:
         """What the next batch of the epoch depends on: the running numbers, and an open window with its gradients."""
         # Between two windows gradients are about to be cleared; those of a step of the user's own are the user's.
         kept = self._by_hand or not self._window.is_complete
+        if kept and isinstance(self.together, Sharding):
+            raise ValueError(
+                'strategy="fsdp" saves after batches that complete a step, received one in the midst of '
+                "accumulate_grad_batches. Save at the end of an epoch, or every so many whole steps."
+            )
         return {
             "index": self.index,
             "by_hand": self._by_hand,
@@ -393,6 +411,11 @@ class TestStep:
     def skip(self, index: int) -> None:
         """A batch of which this process has no sample."""
 
+    def stand_in(self, batch: Any, index: int) -> None:
+        """A batch of which this process has no sample, and takes one that does not count."""
+        with torch.no_grad():
+            self._compute(batch, index)
+
 
 @final
 class PredictStep:
@@ -428,6 +451,12 @@ class PredictStep:
 
     def skip(self, index: int) -> None:
         """A batch of which this process has no sample."""
+        self.logs = {}
+
+    def stand_in(self, batch: Any, index: int) -> None:
+        """A batch of which this process has no sample, and takes one that does not count."""
+        with torch.no_grad():
+            self._compute(self._transfer(batch).on_device if self._transfer.is_needed else batch, index)
         self.logs = {}
 
     def finish(self) -> None:

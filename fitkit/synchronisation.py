@@ -10,7 +10,7 @@ that ended early), the gradients are corrected first and then handed to the wrap
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fitkit.batch import Share
 from fitkit.distributed import Processes, any_of, summed
-from fitkit.losses import Part
 from fitkit.windows import Window
+
+if TYPE_CHECKING:
+    from fitkit.computation import Outcome
 
 
 @final
@@ -119,9 +121,9 @@ class Synchronisation:
         is_ready = self._weight_of_sample is not None and self._wrapper is not None
         return self.in_one_pass and is_ready and not self._wrapper.find_unused_parameters
 
-    def backward(self, parts: Sequence[Part], scaler: Any, held: Sequence[nn.Parameter]) -> None:
+    def backward(self, outcome: Outcome, scaler: Any, held: Sequence[nn.Parameter]) -> None:
         """The backward pass of what `run` gave."""
-        window = self._window
+        window, parts = self._window, outcome.parts
         loss, seed = window.take(parts)
         if window.is_separate:
             window.backward_each(parts, scaler, held)

@@ -8,6 +8,7 @@ class that holds a part of the state gives it by itself; the form of the file is
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,10 +35,11 @@ from fitkit.device import (
     restore_random_state,
     set_modes,
 )
-from fitkit.distributed import Processes, gather, running
+from fitkit.distributed import Processes, gather, is_shard, running, shard_like
 from fitkit.errors import CheckpointError
 from fitkit.flags import TrainingFlags
 from fitkit.history import History, as_number
+from fitkit.sharded_checkpoints import load_sharded, sharded_like
 from fitkit.steps import TrainStep
 
 # Where in an epoch a run is: before its first batch, among its batches, before or in its validation, at its end.
@@ -59,13 +61,17 @@ RUN_PARTS = {None: WHOLE, "finished": WHOLE, "interrupted": {"outcome", "epoch"}
 PARTS = {"weights", "buffers", "optimizer", "scaler", "own", "history", "random", "modes", "run"}
 
 
-def read_training_state(path: Path) -> dict[str, Any]:
-    """The state in a file of `Model.save`.
+def read_training_state(path: Path, module: nn.Module) -> dict[str, Any]:
+    """The state in a file of `Model.save`, or in a folder of a sharded module's.
+
+    Args:
+        path: of the file or folder.
+        module: for which it is; where it is sharded, sharded tensors are read as such.
 
     Raises:
         CheckpointError: the file is damaged, or is no such file.
     """
-    state = load_state(path)
+    state = load_sharded(path, sharded_like(module)) if os.path.isdir(path) else load_state(path)
     if not set(state) >= PARTS:
         raise CheckpointError(f"{path!s} is no file of Model.save: it holds {sorted(map(str, state))}.")
     run = state["run"]
@@ -106,7 +112,7 @@ def load_model(model: ModelProtocol, compiled: Compiled, state: Mapping[str, Any
 def _copied(value: Any) -> Any:
     """A copy that shares no tensor with the value, its tensors on the CPU."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().clone() if is_shard(value) else value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         same = copy.copy(value)  # with what a module's state has beside its items
         same.update({key: _copied(item) for key, item in value.items()})
@@ -194,6 +200,8 @@ def _put(value: Any, state: Any) -> None:
             for group, saved in zip(value.param_groups, state["param_groups"], strict=True)
         ]
         value.load_state_dict({**state, "param_groups": groups})
+        for parameter, kept in value.state.items():
+            kept.update({key: shard_like(item, parameter) for key, item in kept.items()})
     else:
         value.load_state_dict(state)
 

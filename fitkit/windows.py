@@ -29,13 +29,17 @@ class Window:
     Args:
         losses: of every output; None when the module or training_step gives the loss itself.
         processes: how many share each window, and are averaged over afterwards; None for a process that works alone.
+
+    Attributes:
+        shares: the factor of each output's loss in the total.
+        adds_up: of each output, whether its loss is a sum.
     """
 
     def __init__(self, losses: OutputLosses | None, processes: int | None = None) -> None:
         self._processes = processes
         active = [] if losses is None else [losses.losses[index] for index in losses.active]
-        self._shares = [1.0] if losses is None else [losses.weights[index] for index in losses.active]
-        self._adds_up = [loss is not None and loss.adds_up for loss in active] or [False]
+        self.shares = [1.0] if losses is None else [losses.weights[index] for index in losses.active]
+        self.adds_up = [loss is not None and loss.adds_up for loss in active] or [False]
         # Outputs whose weights may change independently need gradients of their own until the window is complete.
         self._outputs_differ = len(active) > 1 and any(
             loss is not None and (loss.adds_up or loss.weight_depends_on_targets) for loss in active
@@ -88,12 +92,12 @@ class Window:
     @property
     def outputs(self) -> int:
         """How many losses there are."""
-        return len(self._shares)
+        return len(self.shares)
 
     @property
     def has_several(self) -> bool:
         """Whether there are several losses."""
-        return len(self._shares) > 1
+        return len(self.shares) > 1
 
     @property
     def is_at_last_batch(self) -> bool:
@@ -156,7 +160,7 @@ class Window:
             ValueError: outputs whose weights change independently of each other without saying so.
         """
         if self.is_whole:
-            loss = weighted_sum(parts, self._shares)
+            loss = weighted_sum(parts, self.shares)
             self.holds_something = loss is not None
             return loss, None
         self._taken += 1
@@ -169,7 +173,7 @@ class Window:
                 f"{self._ratios} of their windows. With outputs of varying lengths, let the losses return "
                 "(value, weight)."
             )
-        total = weighted_sum(parts, self._shares)
+        total = weighted_sum(parts, self.shares)
         return total, None if total is None else self._seed(self._ratios[0], total)
 
     def _ratio(self, index: int, weight: Weight, most: float) -> Weight:
@@ -185,7 +189,7 @@ class Window:
             self._actual[index] = self._actual[index] + weight
         self.holds_something = self.holds_something or isinstance(weight, Tensor) or weight > 0
         # What adds up is averaged over processes afterwards, as everything is.
-        return float(self._processes or 1) if self._adds_up[index] else weight / self._expected[index]
+        return float(self._processes or 1) if self.adds_up[index] else weight / self._expected[index]
 
     def _seed(self, ratio: Weight, loss: Tensor) -> Tensor:
         """The ratio as a tensor to call backward with; those of the usual batches are kept."""
@@ -208,7 +212,7 @@ class Window:
                 continue
             for parameter, gradient in zip(parameters, self._gradients[index], strict=True):
                 parameter.grad = gradient
-            loss = part.value if self._shares[index] == 1.0 else part.value * self._shares[index]
+            loss = part.value if self.shares[index] == 1.0 else part.value * self.shares[index]
             scaled = loss if scaler is None else scaler.scale(loss)
             scaled.backward(self._seed(ratio, loss), retain_graph=index < last)
             self._gradients[index] = [parameter.grad for parameter in parameters]
@@ -219,14 +223,14 @@ class Window:
             return
         if self._outputs_differ:
             self._join(parameters)
-        elif not self._adds_up[0]:
+        elif not self.adds_up[0]:
             factor = self._correction(0)
             if isinstance(factor, Tensor) or factor != 1.0:
-                _multiply([parameter.grad for parameter in parameters], factor)
+                multiply([parameter.grad for parameter in parameters], factor)
 
     def _join(self, parameters: Sequence[nn.Parameter]) -> None:
         for index, gradients in enumerate(self._gradients):
-            _multiply(gradients, 1.0 if self._adds_up[index] else self._correction(index))
+            multiply(gradients, 1.0 if self.adds_up[index] else self._correction(index))
         for position, parameter in enumerate(parameters):
             found = [gradients[position] for gradients in self._gradients]
             present = [gradient for gradient in found if gradient is not None]
@@ -246,7 +250,7 @@ def _on(device: torch.device, value: Any) -> Any:
     return [_on(device, item) for item in value] if isinstance(value, list) else value
 
 
-def _multiply(gradients: Sequence[Tensor | None], factor: Weight) -> None:
+def multiply(gradients: Sequence[Tensor | None], factor: Weight) -> None:
     """One fused multiplication of all gradients; none when the factor is 1."""
     present = [gradient for gradient in gradients if gradient is not None]
     if not present or (not isinstance(factor, Tensor) and factor == 1.0):

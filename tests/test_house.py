@@ -31,14 +31,15 @@ FLOORS = [
     {"joint_losses"},
     {"numbers"},
     {"computation"},
-    {"synchronisation"},
+    {"synchronisation", "sharding"},
     {"windows", "diagnosis", "transfer"},
     {"output_losses"},
     {"data", "metrics", "losses", "optimization", "gradients"},
-    {"history", "logs", "summary"},
+    {"history", "logs", "summary", "sharded_checkpoints"},
     {"history_plots"},
+    {"log_keys", "checkpoints"},
     {"distributed"},
-    {"batch", "checkpoints", "device", "durations", "figures", "flags", "log_keys"},
+    {"batch", "device", "durations", "figures", "flags"},
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.

@@ -18,6 +18,7 @@ from fitkit.checkpoints import clear_left_overs, load_state
 from fitkit.distributed import any_of, is_first, running
 from fitkit.durations import seconds_of
 from fitkit.errors import CheckpointError, check_flag, check_integer, show
+from fitkit.sharded_checkpoints import remove, state_file
 
 
 @final
@@ -90,12 +91,12 @@ class BackupAndRestore(Callback):
         Raises:
             ValueError: it is damaged, and so is the one before, if that was kept.
         """
-        if not os.path.exists(self.path):
-            return self._previous if os.path.exists(self._previous) else None
-        if not os.path.exists(self._previous):
+        if not os.path.exists(state_file(self.path)):
+            return self._previous if os.path.exists(state_file(self._previous)) else None
+        if not os.path.exists(state_file(self._previous)):
             return self.path
         try:
-            load_state(self.path)
+            load_state(state_file(self.path))
         except CheckpointError as error:
             warnings.warn(f"{error} Going on from the backup before it, {self._previous}.", stacklevel=2)
             return self._previous
@@ -141,7 +142,7 @@ class BackupAndRestore(Callback):
         elif self.delete_checkpoint and is_first():
             for path in (self.path, self._previous):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+                    remove(path)
             with contextlib.suppress(OSError):  # somebody keeps other files there
                 os.rmdir(self.backup_dir)
         self._stop_listening()
@@ -227,7 +228,15 @@ class BackupAndRestore(Callback):
 
 
 def _keep_as(path: str, copy: str) -> None:
-    """Gives the file a second name, in place of what had that name; the first is there at every moment."""
+    """Gives the file a second name, in place of what had that name; the first is there at every moment.
+
+    A folder is renamed: until the next one is there, only the second name is.
+    """
+    if os.path.isdir(path):
+        with contextlib.suppress(FileNotFoundError):
+            remove(copy)
+        os.replace(path, copy)
+        return
     link = f"{copy}.tmp"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(link)

@@ -15,6 +15,7 @@ from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.checkpoints import clear_left_overs
 from fitkit.distributed import is_first, of_first
 from fitkit.errors import check_flag, check_integer, check_number, nearest, show
+from fitkit.sharded_checkpoints import remove
 
 # Seconds. Others may be writing in the same folder.
 STALE = 3600.0
@@ -295,7 +296,7 @@ class ModelCheckpoint(MonitorCallback):
         self.best = state["best"]
         # A file must not be able to have others removed: only names that this callback gives are taken from it.
         ours = _pattern(self.filepath)
-        self._kept = [(path, value) for path, value in state["kept"] if ours.fullmatch(path) and os.path.isfile(path)]
+        self._kept = [(path, value) for path, value in state["kept"] if ours.fullmatch(path) and os.path.exists(path)]
 
 
 def _fields(template: str) -> list[str]:
@@ -328,7 +329,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 def _remove(path: str) -> None:
     try:
-        os.unlink(path)
+        remove(path)
     except FileNotFoundError:
         return
     except OSError as error:

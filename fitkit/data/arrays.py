@@ -181,7 +181,7 @@ class ArrayBatches(Batches):
             index = torch.arange(start, stop, device="cpu").reshape(-1, size)[:, first:last].reshape(-1)
             index = index if order is None else order[index]
             for batch in self._cut_up(sources, 0, 0, index, last - first):
-                yield Share(batch, last - first, size)
+                yield Share(batch, processes.count(size), size)
 
     def _copies(self, device: torch.device) -> list[Rows]:
         return [rows.copied_to(device) if isinstance(rows, TensorRows) else rows for rows in self._rows]

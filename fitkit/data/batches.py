@@ -125,7 +125,8 @@ def _parts(whole: Iterator[Any], processes: Processes) -> Iterator[Share]:
     for batch in whole:
         samples = samples_of(batch)
         start, stop = processes.part(samples)
-        yield Share(part_of(batch, samples, start, stop) if stop > start else None, stop - start, samples)
+        part = part_of(batch, samples, start, stop) if stop > start else None
+        yield Share(part, processes.count(samples), samples)
 
 
 def known_length(data: Any) -> int | None:

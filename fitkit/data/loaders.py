@@ -200,7 +200,7 @@ class _Parts:
         self._sampler = sampler
         self._processes = processes
         self._indices: Iterator[Any] | None = None
-        self._sizes: list[tuple[int, int]] = []
+        self._sizes: list[tuple[bool, int, int]] = []
         self.skipped = 0
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -225,7 +225,7 @@ class _Parts:
         sizes = self._sizes
         for whole in self._indices:
             first, last = self._processes.part(len(whole))
-            sizes.append((last - first, len(whole)))
+            sizes.append((last > first, self._processes.count(len(whole)), len(whole)))
             if last > first:
                 yield whole[first:last]
 

@@ -78,25 +78,30 @@ def counted(
         processes: that share them.
         read: gives the batches of parts that are not empty.
     """
-    sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[bool, int, int]] = []
 
     def parts() -> Iterator[list[int]]:
         for whole in indices:
             first, last = processes.part(len(whole))
-            sizes.append((last - first, len(whole)))
+            sizes.append((last > first, processes.count(len(whole)), len(whole)))
             if last > first:
                 yield whole[first:last]
 
     return beside(read(parts()), sizes)
 
 
-def beside(loaded: Iterator[Any], sizes: list[tuple[int, int]]) -> Iterator[Share]:
-    """Each part beside its sizes, those that are empty included."""
+def beside(loaded: Iterator[Any], sizes: list[tuple[bool, int, int]]) -> Iterator[Share]:
+    """Each part beside its sizes, those that are empty included.
+
+    Args:
+        loaded: the parts that are not empty.
+        sizes: of each part whether it is loaded, how many samples of it count, and those of the whole batch.
+    """
     for part in loaded:
         while True:
-            samples, of = sizes.pop(0)
-            yield Share(part if samples else None, samples, of)
-            if samples:
+            is_loaded, samples, of = sizes.pop(0)
+            yield Share(part if is_loaded else None, samples, of)
+            if is_loaded:
                 break
-    for samples, of in sizes:  # those after the last part that is not empty
+    for _, samples, of in sizes:  # those after the last part that is not empty
         yield Share(None, samples, of)

@@ -28,14 +28,19 @@ Launch = Callable[..., Ended]
 
 
 def start(
-    script: str, *arguments: object, processes: int, options: tuple[str, ...] = (), seconds: float = 240
+    script: str,
+    *arguments: object,
+    processes: int,
+    options: tuple[str, ...] = (),
+    seconds: float = 240,
+    strategy: str = "auto",
 ) -> Ended:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
     command += [str(Path(__file__).with_name(script)), *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "STRATEGY": strategy}
     run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
     return Ended(run.returncode, run.stdout + run.stderr)
 

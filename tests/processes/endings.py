@@ -153,7 +153,6 @@ def refused() -> None:
         lambda: alone.fit(*data(), epochs=1, verbose=0),
         lambda: made().fit(loader, epochs=1, verbose=0),
         lambda: made().find_learning_rate(*data(), verbose=0),
-        lambda: made(strategy="fsdp"),
     ):
         try:
             call()
