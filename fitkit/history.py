@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -258,7 +259,7 @@ class History:
             if len(column) != len(state["epoch"]):
                 raise ValueError(f"Damaged History: {len(column)} values of {key!r} in {len(state['epoch'])} epochs.")
         self.history = columns
-        self.epoch = list(state["epoch"])
+        self.epoch = list(map(operator.index, state["epoch"]))
         self.params = dict(state["params"])
         self.stop_reason = state["stop_reason"]
 

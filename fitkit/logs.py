@@ -169,8 +169,14 @@ class Mean:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the state was made."""
-        self._adds_up = state["adds_up"]
+        """Goes on where the state was made.
+
+        Raises:
+            ValueError: the values and what belongs to each differ in number. What is no number raises what torch does.
+        """
+        if len({len(state[name]) for name in ("values", "weights", "indices")}) > 1:
+            raise ValueError("Expected a weight and an index for each value that waits.")
+        self._adds_up = bool(state["adds_up"])
         self._values = [value.to(self._device) for value in state["values"]]
         self._weights = [_on(self._device, weight) for weight in state["weights"]]
         self._indices = list(state["indices"])
@@ -178,6 +184,9 @@ class Mean:
         self._host_weight = state["host_weight"]
         self._weight = _on(self._device, state["weight"])
         self._first_bad = _on(self._device, state["first_bad"])
+        # Here and now, instead of somewhere in the epoch.
+        if (self.value() + self.first_bad()).shape:
+            raise ValueError("Expected sums of one number each.")
 
 
 def _on(device: torch.device, value: Any) -> Any:

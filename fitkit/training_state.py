@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from fitkit.distributed import Processes, gather, is_shard, running, shard_like
 from fitkit.errors import CheckpointError
 from fitkit.flags import TrainingFlags
 from fitkit.history import History, as_number
+from fitkit.kinds import check_kinds
 from fitkit.sharded_checkpoints import load_sharded, sharded_like
 from fitkit.steps import TrainStep
 
@@ -58,6 +59,8 @@ WHOLE = {
 }
 # What a file says of a run by its outcome: None while it runs.
 RUN_PARTS = {None: WHOLE, "finished": WHOLE, "interrupted": {"outcome", "epoch"}}
+# Of which kinds the parts are that every run has.
+_LIKE = {"epoch": 0, "stage": "", "logs": {}, "stop": False, "called": [], "data": {}}
 PARTS = {"weights", "buffers", "optimizer", "scaler", "own", "history", "random", "modes", "run"}
 
 
@@ -476,6 +479,12 @@ class Progress:
                 f"there is no exact place to resume at. Use model.load({str(path)!r}) and fit(initial_epoch="
                 f"{run['epoch']}), or save with BackupAndRestore during the run."
             )
+        check_kinds(run, _LIKE, "what it says of the run")
+        place = (run["epoch"], run["data"]["given"], run["data"]["taken"])
+        if {type(each) for each in place} != {int} or run["stage"] not in get_args(Stage):
+            raise ValueError(f"it says no place in a run: {place}, {run['stage']!r}.")
+        if (run["stage"] == "train") != (run["step"] is not None):
+            raise ValueError("it has the state of a step without its epoch, or the other way round.")
         worked = len((run.get("processes") or {}).get("step", [None]))
         works = 1 if self.processes is None else self.processes.world
         if run["step"] is not None and worked != works:
@@ -531,6 +540,7 @@ class Progress:
     def _restore(self, state: Mapping[str, Any], path: Path) -> None:
         run = state["run"]
         self.epoch, self.stage, self.logs = run["epoch"], run["stage"], dict(run["logs"])
+        check_kinds(self.logs, dict.fromkeys(self.logs, 0.0), "the logs of the epoch")
         params = self.model.history.params
         self._replay_beginning(run)
         restore_model(self.model, self.compiled, state, path)
@@ -544,13 +554,20 @@ class Progress:
         history.stop_reason = history.stop_reason if is_over or run["stop"] else None
         for key, callback in keyed(self.callbacks).items():
             if has_state(callback) and run["callbacks"].get(key) is not None:
-                callback.load_state_dict(run["callbacks"][key])  # type: ignore[attr-defined]
+                kept = run["callbacks"][key]
+                # What one of the user's keeps may change its kind while it runs.
+                if type(callback).__module__.startswith("fitkit.") and not callback.calls:
+                    check_kinds(kept, callback.state_dict(), f"the state of {key}")  # type: ignore[attr-defined]
+                callback.load_state_dict(kept)  # type: ignore[attr-defined]
         if self.part_size is not None and run["part_size"] is not None:
             self.part_size.load_state_dict(run["part_size"])
         of_processes: dict[str, Any] | None = run.get("processes")
         own, world = (0, 1) if self.processes is None else (self.processes.rank, self.processes.world)
         if run["step"] is not None:
-            self.step.load_state_dict(run["step"] if of_processes is None else of_processes["step"][own])
+            step = run["step"] if of_processes is None else of_processes["step"][own]
+            check_kinds(step, self.step.state_dict(), "the state of the step")
+            self.step.load_state_dict(step)
+            self.step.state_dict()  # what cannot be saved again was no such state
         in_epoch = self.stage == "train"
         self.batches.load_state_dict(
             _raw(run["data"]), in_epoch=in_epoch, ends_here=in_epoch and self.model.stop_training

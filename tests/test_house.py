@@ -39,7 +39,7 @@ FLOORS = [
     {"history_plots"},
     {"log_keys", "checkpoints"},
     {"distributed"},
-    {"batch", "device", "durations", "figures", "flags"},
+    {"batch", "device", "durations", "figures", "flags", "kinds"},
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fitkit
-from fitkit.callbacks import Callback, LambdaCallback
+from fitkit.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint, ReduceLROnPlateau, Timer
 from fitkit.checkpoints import load_state, save_state
 from fitkit.device import plain_random_state, random_state, random_state_of, restore_random_state
 from fitkit.errors import CheckpointError
@@ -249,6 +252,62 @@ def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="saved cannot be used: Damaged History"):
         model.load(tmp_path / "saved")
     assert same(snapshot(model), before)
+
+
+# Places in the state of a run that was saved in mid-epoch, and what does not belong there.
+MISPLACED: list[tuple[str, Any]] = [
+    ("weights", ["0.weight"]),
+    ("optimizer/state", None),
+    ("history/epoch", [0, "a"]),
+    ("history/history", [1.0]),
+    ("run/epoch", 1.5),
+    ("run/stage", "lunch"),
+    ("run/logs", [0.5]),
+    ("run/data", []),
+    ("run/data/given", "3"),
+    ("run/called", 7),
+    ("run/callbacks", [1]),
+    ("run/callbacks/EarlyStopping(val_loss)", []),
+    ("run/callbacks/EarlyStopping(val_loss)/wait", None),
+    ("run/callbacks/EarlyStopping(val_loss)/best", []),
+    ("run/callbacks/EarlyStopping(val_loss)/best_weights", {}),
+    ("run/callbacks/ReduceLROnPlateau(val_loss)/best", {"a": 1}),
+    ("run/callbacks/Timer/elapsed", "soon"),
+    ("run/step", None),
+    ("run/step/numbers", []),
+    ("run/step/numbers/tally/loss/values", []),
+    ("run/step/numbers/tally/loss/weights", "text"),
+    ("run/step/numbers/tally/loss/host_weight", None),
+    ("run/step/numbers/tally/loss/host_weight", torch.zeros(2)),
+]
+
+
+@pytest.fixture(scope="module")
+def in_mid_epoch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("run") / "{epoch}-{batch}.pt"
+    watched(compiled(), ModelCheckpoint(path, save_freq=1))
+    return load_state(path.with_name("2-2.pt"))
+
+
+def watched(model: fitkit.Model, *saving: Callback, **arguments: Any) -> None:
+    stopping = EarlyStopping("val_loss", restore_best_weights=True)
+    callbacks = [stopping, ReduceLROnPlateau("val_loss"), Timer(1000), *saving]
+    model.fit(X, Y, batch_size=4, epochs=3, validation_data=(X, Y), callbacks=callbacks, verbose=0, **arguments)
+
+
+@pytest.mark.parametrize(("place", "value"), MISPLACED)
+def test_a_whole_file_with_another_kind_of_value_in_it_is_an_error_that_names_it(
+    tmp_path: Path, in_mid_epoch: dict[str, Any], place: str, value: Any
+) -> None:
+    state = copy.deepcopy(in_mid_epoch)
+    *folders, name = place.split("/")
+    functools.reduce(operator.getitem, folders, state)[name] = value
+    save_state(tmp_path / "file", state)
+    model = compiled()
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(tmp_path / 'file'))} "):
+        watched(model, resume_from=tmp_path / "file")
+    assert same(snapshot(model)[:2], before[:2])
 
 
 def test_numbers_of_numpy_are_saved_as_pythons(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fitkit.callbacks.display import print_line
 from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.errors import check_flag, check_integer, check_number, show
+from fitkit.history import as_number
 
 
 @final
@@ -155,11 +156,17 @@ class EarlyStopping(MonitorCallback):
 
         Args:
             state: what ``state_dict`` returned.
+
+        Raises:
+            ValueError: the best weights are of another module.
         """
-        self.best = state["best"]
+        weights = state["best_weights"] if self.restore_best_weights else None
+        if weights is not None and _shapes(weights) != _shapes(self.model.module.state_dict()):
+            raise ValueError(f"Expected the best weights of this module, received {_shapes(weights)}.")
+        self._best_weights = weights
+        self.best = as_number("best", state["best"])
         self.best_epoch = state["best_epoch"]
         self.wait = state["wait"]
-        self._best_weights = state["best_weights"] if self.restore_best_weights else None
         stopped = state["stopped_epoch"]
         if stopped is not None and self._is_over(stopped):
             self.stopped_epoch, self.has_stopped = stopped, True
@@ -171,6 +178,10 @@ def _check_verbose(verbose: Any) -> bool:
     if not isinstance(verbose, int) or verbose not in (0, 1):
         raise TypeError(f"Expected True or False, received verbose={show(verbose)}.")
     return bool(verbose)
+
+
+def _shapes(weights: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in weights.items()}
 
 
 def _copy_weights(module: nn.Module) -> dict[str, Any]:

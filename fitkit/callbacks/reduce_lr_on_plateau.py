@@ -9,6 +9,7 @@ from fitkit.callbacks.display import print_line
 from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.callbacks.optimizer import LEARNING_RATE, log_learning_rate, optimizer_of
 from fitkit.errors import check_choice, check_integer, check_number
+from fitkit.history import as_number
 from fitkit.optimization import learning_rates, set_learning_rates
 
 
@@ -125,6 +126,6 @@ class ReduceLROnPlateau(MonitorCallback):
         Args:
             state: what ``state_dict`` returned.
         """
-        self.best = state["best"]
+        self.best = as_number("best", state["best"])
         self.wait = state["wait"]
         self.cooldown_counter = state["cooldown_counter"]
