@@ -2,8 +2,8 @@
 
 A loss that averages is weighted by the number of things it averaged over: elements, samples, targets that are not
 ignored, class weights of the targets. With these weights the mean of an epoch is the mean over its data, and the
-gradient of several micro-batches is that of the batch they make up. This file knows names, torch's loss modules
-and callables; it does not know about batches, windows or outputs by name (see steps.py).
+gradient of several micro-batches is that of the batch they make up. What a user may write is in loss_names.py; this
+file does not know about batches, windows or outputs by name (see steps.py).
 """
 
 from __future__ import annotations
@@ -11,22 +11,18 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fitkit._types import OutputMeaning, Scale
-from fitkit.errors import check_number, check_order, classes_last, show, unknown_name
+from fitkit.errors import check_number, classes_last, show
+from fitkit.loss_names import Averages, meaning_of, recognised
 
 # A number where the host knows it, a 0-d tensor where only the device does.
 Weight = float | Tensor
-# What a loss averages over: its elements, its samples, or the targets that name a class.
-Averages = Literal["elements", "samples", "targets"]
 
 
 class Part(NamedTuple):
@@ -38,64 +34,10 @@ class Part(NamedTuple):
     most: float = 1.0
 
 
-@dataclass(frozen=True)
-class BuiltIn:
-    """What fitkit knows of a loss of torch's: its function, what it averages over, what the outputs are."""
-
-    function: Callable[..., Tensor]
-    averages: Averages
-    scale: Scale
-
-
-BUILT_IN: dict[type[nn.Module], BuiltIn] = {
-    nn.CrossEntropyLoss: BuiltIn(F.cross_entropy, "targets", "logits"),
-    nn.NLLLoss: BuiltIn(F.nll_loss, "targets", "log_probabilities"),
-    nn.BCELoss: BuiltIn(F.binary_cross_entropy, "elements", "probabilities"),
-    nn.BCEWithLogitsLoss: BuiltIn(F.binary_cross_entropy_with_logits, "elements", "logits"),
-    nn.MSELoss: BuiltIn(F.mse_loss, "elements", "values"),
-    nn.L1Loss: BuiltIn(F.l1_loss, "elements", "values"),
-    nn.SmoothL1Loss: BuiltIn(F.smooth_l1_loss, "elements", "values"),
-    nn.HuberLoss: BuiltIn(F.huber_loss, "elements", "values"),
-    nn.PoissonNLLLoss: BuiltIn(F.poisson_nll_loss, "elements", "values"),
-    nn.KLDivLoss: BuiltIn(F.kl_div, "elements", "values"),
-    nn.SoftMarginLoss: BuiltIn(F.soft_margin_loss, "elements", "values"),
-    nn.HingeEmbeddingLoss: BuiltIn(F.hinge_embedding_loss, "elements", "values"),
-    nn.MultiMarginLoss: BuiltIn(F.multi_margin_loss, "samples", "logits"),
-    nn.MultiLabelMarginLoss: BuiltIn(F.multilabel_margin_loss, "samples", "values"),
-    nn.MultiLabelSoftMarginLoss: BuiltIn(F.multilabel_soft_margin_loss, "samples", "logits"),
-}
-# The losses over class indices, whose outputs have one dimension more than their targets.
-CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
-# The usual short forms, beside torch.nn.functional's own names with or without "_loss".
-SHORT_NAMES: dict[str, type[nn.Module]] = {
-    "mae": nn.L1Loss,
-    "bce": nn.BCELoss,
-    "bce_with_logits": nn.BCEWithLogitsLoss,
-    "ce": nn.CrossEntropyLoss,
-}
 # Up to so many targets are counted faster one by one than by NumPy.
 SHORT = 128
 # Items of a list that a message shows.
 SHOWN = 4
-
-# What to write for the names that users of Keras try first.
-KERAS_NAMES = {
-    "binary_crossentropy": '"bce_with_logits" for logits, or "bce" for probabilities',
-    "categorical_crossentropy": '"cross_entropy", on logits',
-    "sparse_categorical_crossentropy": '"cross_entropy", on logits',
-    "mean_squared_error": '"mse"',
-    "mean_absolute_error": '"mae"',
-}
-
-
-def known_losses() -> dict[str, type[nn.Module]]:
-    """The module class of every loss name."""
-    names = dict(SHORT_NAMES)
-    for kind, built_in in BUILT_IN.items():
-        name = built_in.function.__name__
-        names[name] = kind
-        names[name.removesuffix("_loss")] = kind
-    return names
 
 
 @final
@@ -114,7 +56,7 @@ class Loss:
 
     def __init__(self, loss: Any, argument: str = "loss") -> None:
         self.argument = argument
-        self.module, self.built_in = _recognised(loss, argument)
+        self.module, self.built_in = recognised(loss, argument)
         self.call: Callable[..., Any] = self.module if self.module is not None else loss
         if self.module is not None and self.module is not loss:
             # Nobody has hooks on a module that was made here; a name means torch's function as it is.
@@ -122,7 +64,7 @@ class Loss:
         if self.built_in is not None and self.module.reduction == "none":  # type: ignore[union-attr]
             self.call = self.module = _with_reduction(self.module, "mean")
         self.reduction = getattr(self.module, "reduction", "mean")
-        self.meaning = _meaning(loss if self.module is None else self.module, self.built_in)
+        self.meaning = meaning_of(loss if self.module is None else self.module, self.built_in)
         self._class_weights = _on_host(self.module)
         # A module of the user's may be given other class weights later.
         self._is_users = self.module is loss
@@ -345,51 +287,6 @@ def _class_advice(output: Tensor, target: Tensor) -> str:
     if target.dim() == output.dim() > 2 and target.movedim(-1, 1).shape == output.shape:
         return " The classes come second, as in the output: target.movedim(-1, 1)."
     return " Their shapes differ: look at what made them."
-
-
-def _recognised(loss: Any, argument: str) -> tuple[nn.Module | None, BuiltIn | None]:
-    """The loss module, and what fitkit knows of it; (None, None) for a callable of the user's."""
-    if isinstance(loss, str):
-        known = known_losses()
-        name = loss.lower()
-        if name in KERAS_NAMES:
-            raise ValueError(f"Unknown name: {argument}={loss!r}, which is Keras's. Here it is {KERAS_NAMES[name]}.")
-        if name not in known:
-            raise unknown_name(argument, loss, known)
-        return known[name](), BUILT_IN[known[name]]
-    if inspect.isclass(loss) and issubclass(loss, nn.Module):
-        raise TypeError(f"Expected a loss, received the class {argument}={loss.__name__}. Write {loss.__name__}().")
-    if isinstance(loss, nn.Module):
-        for kind, built_in in BUILT_IN.items():
-            if isinstance(loss, kind) and type(loss).forward is kind.forward:
-                return loss, built_in
-        check_order(argument, loss.forward)
-        return loss, None
-    options: Mapping[str, Any] = {}
-    if isinstance(loss, partial) and not loss.args:
-        loss, options = loss.func, loss.keywords
-    for kind, built_in in BUILT_IN.items():
-        # torch's functions take some options that its modules do not, such as the weights of mse_loss.
-        if loss is built_in.function and set(options) <= set(inspect.signature(kind).parameters):
-            return kind(**options), built_in
-    if not callable(loss):
-        raise TypeError(
-            f"Expected a name, a loss module or a callable loss(output, target), received {argument}={show(loss)}."
-        )
-    check_order(argument, loss)
-    return None, None
-
-
-def _meaning(module: Any, built_in: BuiltIn | None) -> OutputMeaning:
-    """What the loss, a module or a callable of the user's, tells about the output."""
-    options = module.keywords if isinstance(module, partial) else {}
-    ignored = options.get("ignore_index", getattr(module, "ignore_index", None))
-    if built_in is not None:
-        return OutputMeaning(built_in.scale, ignored, isinstance(module, CLASS_LOSSES))
-    for kind, parent in BUILT_IN.items():  # a subclass with a forward of its own still says what its outputs are
-        if isinstance(module, kind):
-            return OutputMeaning(parent.scale, ignored, issubclass(kind, CLASS_LOSSES))
-    return OutputMeaning("unknown", ignored if isinstance(ignored, int) else None)
 
 
 def _item_losses(call: Callable[..., Any]) -> Callable[..., Tensor] | None:

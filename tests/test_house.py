@@ -39,7 +39,7 @@ FLOORS = [
     {"history_plots"},
     {"log_keys", "checkpoints"},
     {"distributed"},
-    {"batch", "device", "durations", "figures", "flags", "kinds"},
+    {"batch", "device", "durations", "figures", "flags", "kinds", "loss_names"},
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fitkit
-from fitkit.losses import BUILT_IN, Loss, Part, known_losses
+from fitkit.loss_names import BUILT_IN, known_losses
+from fitkit.losses import Loss, Part
 
 CLASSES = (torch.randn(5, 3), torch.tensor([0, 2, -100, 1, 2]))
 PAIRS: dict[Any, tuple[Tensor, Tensor]] = {

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fitkit.losses import CLASS_LOSSES, Loss
+from fitkit.loss_names import CLASS_LOSSES
+from fitkit.losses import Loss
 from fitkit.script.expressions import importable, literal, module_expression, unknown
 from fitkit.script.sources import Source, may_be_ignored, some_class
 

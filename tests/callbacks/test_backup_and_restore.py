@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -308,13 +309,14 @@ def terminated_run(folder: Path, hook: str, *, armed: bool) -> subprocess.Comple
     ],
 )
 def test_sigterm_finishes_the_step_backs_up_and_ends_the_process_as_ever(tmp_path: Path, hook: str) -> None:
-    ended = terminated_run(tmp_path, hook, armed=True)
-    assert ended.returncode == -signal.SIGTERM, ended.stderr
-    assert "SIGTERM: the run can go on from" in ended.stdout
-    resumed = terminated_run(tmp_path, hook, armed=False)
     (tmp_path / "plain").mkdir()
-    undisturbed = terminated_run(tmp_path / "plain", hook, armed=False)
-    assert resumed.stdout == undisturbed.stdout != ""
+    with ThreadPoolExecutor() as beside:
+        undisturbed = beside.submit(terminated_run, tmp_path / "plain", hook, armed=False)
+        ended = terminated_run(tmp_path, hook, armed=True)
+        assert ended.returncode == -signal.SIGTERM, ended.stderr
+        assert "SIGTERM: the run can go on from" in ended.stdout
+        resumed = terminated_run(tmp_path, hook, armed=False)
+    assert resumed.stdout == undisturbed.result().stdout != ""
 
 
 def test_the_handlers_from_before_come_back(tmp_path: Path) -> None:
