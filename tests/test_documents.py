@@ -92,7 +92,9 @@ def run(block: Block, path: Path, namespace: dict[str, object]) -> str:
         except Exception as error:
             if block.error not in {kind.__name__ for kind in type(error).__mro__}:
                 raise
-            return f"{printed.getvalue()}{type(error).__name__}: {error}\n"
+            # Before Python 3.11 a message has the note in it that says where in the run it came up.
+            message = str(error).split("\nThis came up in ")[0]
+            return f"{printed.getvalue()}{type(error).__name__}: {message}\n"
     assert block.error is None, f"no {block.error} in the block at line {block.line}"
     return printed.getvalue()
 

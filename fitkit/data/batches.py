@@ -332,17 +332,22 @@ class EpochPlan:
             raise
 
     def _anew(self) -> Generator[Any, None, None]:
-        resumed, self._resumed = self._resumed, None
+        is_resumed = self._resumed is not None
         with self._noting_errors():
             left = None if self._limit is None else self._limit - self.given
-            iterator = self._begin_pass() if resumed is None else resumed
-            for batch in itertools.islice(iterator, left):
+            # Nothing else may hold the pass: its workers end when the epoch is closed, also in Python 3.10.
+            for batch in itertools.islice(self._pass(), left):
                 self.given += 1
                 yield batch
             if self.given == 0:
                 raise ValueError(self._none_at_all())
-            if self._limit is not None and self.given < self._limit and resumed is None:
+            if self._limit is not None and self.given < self._limit and not is_resumed:
                 raise ValueError(self._too_few(self.given))
+
+    def _pass(self) -> Iterator[Any]:
+        """The pass that the epoch goes through."""
+        resumed, self._resumed = self._resumed, None
+        return self._begin_pass() if resumed is None else resumed
 
     def _none_at_all(self) -> str:
         why = "Check what made it; what is iterated again at each epoch must give a new iterator each time."
