@@ -41,7 +41,8 @@ def test_numbers_come_back_as_they_were(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     values = [0.1 + 0.2, 1e-30, math.inf, math.nan]
     driven(CSVLogger(tmp_path / "log.csv"), [{"loss": value} for value in values])
-    assert str(pandas.read_csv(tmp_path / "log.csv", float_precision="round_trip")["loss"].tolist()) == str(values)
+    # Before version 3 the default engine of pandas read floats faster than it read them exactly.
+    assert str(pandas.read_csv(tmp_path / "log.csv", engine="python")["loss"].tolist()) == str(values)
 
 
 def test_a_late_key_gets_a_column_and_no_row_is_lost(tmp_path: Path) -> None:
