@@ -32,6 +32,10 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How torch's backends begin to say that another process has gone or does not answer.
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL", "gloo")
 
+# torch 2.6 waits at a group's end for its threads and keeps Python's lock: a thread that is about to let a tensor go, for
+# which it needs the lock, gets it in so many seconds before, also on a machine that is busy.
+PARTING = 0.3 if torch.__version__.startswith("2.6.") else 0.02
+
 # The store of a process lives as long as it does; each group made from it has keys of its own.
 _store: Any = None
 _groups = itertools.count()
@@ -154,9 +158,7 @@ def together(processes: Processes | None, device: torch.device) -> Iterator[None
     finally:
         _running = None
         if store is not None:
-            # torch 2.6 waits here for the group's threads and keeps Python's lock: a thread that is about to let a
-            # tensor go, for which it needs the lock, gets it before.
-            time.sleep(0.02)
+            time.sleep(PARTING)
             dist.destroy_process_group()
 
 
@@ -194,7 +196,7 @@ def end_lasting_group() -> None:
         _lasting = None
         atexit.unregister(end_lasting_group)
         if dist.is_initialized():
-            time.sleep(0.02)  # as above
+            time.sleep(PARTING)
             dist.destroy_process_group()
 
 
