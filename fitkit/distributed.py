@@ -32,8 +32,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How torch's backends begin to say that another process has gone or does not answer.
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL", "gloo")
 
-# torch 2.6 waits at a group's end for its threads and keeps Python's lock: a thread that is about to let a tensor go, for
-# which it needs the lock, gets it in so many seconds before, also on a machine that is busy.
+# torch 2.6 waits at a group's end for its threads and keeps Python's lock: a thread that is about to let a tensor go,
+# for which it needs the lock, gets it in so many seconds before, also on a machine that is busy.
 PARTING = 0.3 if torch.__version__.startswith("2.6.") else 0.02
 
 # The store of a process lives as long as it does; each group made from it has keys of its own.
