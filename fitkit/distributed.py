@@ -148,7 +148,8 @@ def together(processes: Processes | None, device: torch.device) -> Iterator[None
     except BaseException as error:
         if store is not None or _lasting is not None:
             _tell(store or _lasting, processes, error)
-        end_lasting_group()  # or the others would wait for this process
+        if not getattr(error, "is_of_all", False):
+            end_lasting_group()  # or the others would wait for this process
         raise
     finally:
         _running = None
@@ -168,6 +169,11 @@ def running_as(processes: Processes) -> Iterator[None]:
         yield
     finally:
         _running = before
+
+
+def among_all() -> contextlib.AbstractContextManager[None]:
+    """While what follows lasts, all processes of the group that is there talk with each other."""
+    return running_as(Processes(dist.get_rank(), dist.get_world_size(), is_sharded=True))
 
 
 def begin_lasting_group(processes: Processes, device: torch.device) -> None:
@@ -308,10 +314,11 @@ def by_first(write: Callable[[], object]) -> None:
         except (OSError, TypeError, ValueError, ImportError) as error:
             failure = error
     failed = of_first(None if failure is None else (type(failure), str(failure)))
+    if failure is None and failed is not None:
+        failure = failed[0](failed[1])
     if failure is not None:
+        failure.is_of_all = True  # type: ignore[attr-defined]  # who catches it goes on in all processes
         raise failure
-    if failed is not None:
-        raise failed[0](failed[1])
 
 
 def summed(numbers: list[float]) -> list[float]:

@@ -41,6 +41,10 @@ class CheckpointError(ValueError):
     """
 
 
+class NotNowError(ValueError):
+    """What is asked for can be done later in the run, but not at this place."""
+
+
 def add_note(error: Exception, note: str) -> None:
     """Adds a line below an error's message, where tracebacks show it; the error stays the same object."""
     if sys.version_info >= (3, 11):

@@ -100,9 +100,11 @@ class Loss:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one of torch's, and nobody listens to its calls."""
+        """Whether it is one of torch's, nobody listens to its calls, and nobody may give it other class weights."""
+        if self.built_in is None or (self._is_users and any(True for _ in self.module.buffers())):  # type: ignore[union-attr]
+            return False
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return self.built_in is not None and not any(getattr(self.module, name) for name in hooks)
+        return not any(getattr(self.module, name) for name in hooks)
 
     @property
     def weight_depends_on_targets(self) -> bool:

@@ -23,7 +23,7 @@ from fitkit.callbacks import (
 )
 from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks
-from fitkit.checkpoints import load_weights, save_state, save_weights
+from fitkit.checkpoints import fill, load_weights, save_state, save_weights
 from fitkit.computation import Compiled, UserStep, total_loss
 from fitkit.data import Batches, EpochPlan, as_batches, kept_generators
 from fitkit.data.arrays import Layout
@@ -816,7 +816,10 @@ class Model:
         Raises:
             ValueError: the file is damaged, no such file format, or of another module; the module is unchanged.
         """
-        load_weights(self.module, path)
+        if os.path.isdir(path):
+            fill(self.module, read_training_state(path, self.module)["weights"], path)
+        else:
+            load_weights(self.module, path)
 
     def _require_compiled(self) -> Compiled:
         if self._compiled is None:

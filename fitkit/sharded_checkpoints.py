@@ -11,8 +11,10 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import pickle
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -21,13 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from fitkit.checkpoints import Path, load_state, save_state
-from fitkit.distributed import any_of, by_first, gather, is_shard, of_first, running, whole
+from fitkit.distributed import among_all, any_of, by_first, is_shard, of_first, whole
 from fitkit.errors import CheckpointError
 
 STATE = "state.fitkit"
 SHARDS = "shards-"
 # What stands in the file in the place of a sharded tensor, beside its key.
 MARK = "a sharded tensor"
+# Where torch keeps the plan of a checkpoint, and of what it is made.
+METADATA = ".metadata"
+PLAN = "torch.distributed.checkpoint.metadata"
+PLAIN = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("collections", "OrderedDict"),
+}
 CHUNK = 2**24
 
 
@@ -41,6 +52,7 @@ def save_sharded(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: a file of that name is there, or the folder cannot be written.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -49,12 +61,14 @@ def save_sharded(path: Path, state: Mapping[str, Any]) -> None:
     plain = _replaced(state, found)
     name = of_first(SHARDS + secrets.token_hex(8))
     by_first(lambda: _make(folder))
-    save(found, storage_writer=FileSystemWriter(folder / name))
-    own = running()
-    mine = sorted((folder / name).glob(f"__{0 if own is None else own.rank}_*"))
-    everywhere = gather({file.name: _digest(file) for file in mine})
-    digests = {key: digest for each in everywhere for key, digest in each.items()}
-    by_first(lambda: save_state(folder / STATE, {"shards": name, "digests": digests, "state": plain}))
+    try:
+        save(found, storage_writer=FileSystemWriter(folder / name))
+        by_first(lambda: _write_state(folder, name, plain))
+    except (CheckpointException, OSError) as error:
+        by_first(lambda: shutil.rmtree(folder / name, ignore_errors=True))
+        failure = OSError(f"{folder} could not be written: {error}")
+        failure.is_of_all = True  # type: ignore[attr-defined]  # torch tells all processes
+        raise failure from error
     by_first(lambda: _clear(folder, name))
 
 
@@ -69,31 +83,89 @@ def load_sharded(path: Path, like: Callable[..., Tensor] | None) -> dict[str, An
     Raises:
         CheckpointError: it is no such folder, or is damaged.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
     folder = pathlib.Path(path)
-    if not (folder / STATE).is_file():
-        raise CheckpointError(
-            f"{folder} holds no whole state: it is no folder of Model.save, or not written to its end."
-        )
+    with contextlib.nullcontext() if like is None else among_all():
+        failure = _damage(folder)
+        if like is not None and any_of(failure is not None):
+            failure = failure or f"{folder} is damaged, as another process says."
+    if failure is not None:
+        raise CheckpointError(failure)
     kept = load_state(folder / STATE)
-    if not isinstance(kept, dict) or not {"shards", "digests", "state"} <= set(kept):
-        raise CheckpointError(f"{folder} is no folder of Model.save.")
-    shards = folder / str(kept["shards"])
-    damaged = [name for name, digest in kept["digests"].items() if not _is_whole(shards / name, digest)]
-    if any_of(bool(damaged)) if like is not None else damaged:
-        raise CheckpointError(f"{folder} is damaged: {', '.join(damaged) or 'a file'} does not match its checksum.")
     try:
-        reader = FileSystemReader(shards)
+        reader = _reader(folder / kept["shards"])
         make = torch.empty if like is None else like
         entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
         found = {key: make(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
         load(found, storage_reader=reader, no_dist=like is None)
-    except Exception as error:
+    except (CheckpointException, Exception) as error:
         raise CheckpointError(f"{folder} is damaged, or cannot be read: {error}") from error
     state: dict[str, Any] = _put_back(kept["state"], found)
     return state
+
+
+def check_whole(path: Path) -> None:
+    """Refuses a file or folder that is damaged.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if not os.path.isdir(path):
+        load_state(path)
+    elif (damage := _damage(pathlib.Path(path))) is not None:
+        raise CheckpointError(damage)
+
+
+def _damage(folder: pathlib.Path) -> str | None:
+    """What is wrong with a folder, in words; None where nothing is."""
+    if not (folder / STATE).is_file():
+        return f"{folder} holds no whole state: it is no folder of Model.save, or not written to its end."
+    try:
+        kept = load_state(folder / STATE)
+    except CheckpointError as error:
+        return str(error)
+    if not {"shards", "digests", "state"} <= set(kept):
+        return f"{folder} is no folder of Model.save."
+    shards = folder / pathlib.Path(str(kept["shards"])).name
+    damaged = [name for name, digest in kept["digests"].items() if not _is_whole(shards / name, digest)]
+    return f"{folder} is damaged: {', '.join(damaged)} does not match its checksum." if damaged else None
+
+
+def _reader(shards: pathlib.Path) -> Any:
+    """Torch's reader, which reads its plan as pickle; here nothing is read by which a file could run code."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            with open(shards / METADATA, "rb") as file:
+                metadata = _PlainUnpickler(file).load()
+            metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    return Reader(shards)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Knows the classes that torch's plan of a checkpoint is made of, and no other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in PLAIN or module.split(".")[0] == "pathlib"
+        if module == "torch":  # a dtype or layout
+            known = known or isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
+        if module == PLAN:  # one of its own classes, nothing that it has imported
+            known = getattr(getattr(sys.modules.get(PLAN), name, None), "__module__", None) == PLAN
+        if known and "." not in name:
+            return super().find_class(module, name)
+        raise CheckpointError(f"It holds {module}.{name}, which no plan of a checkpoint has.")
+
+
+def _write_state(folder: pathlib.Path, name: str, plain: Any) -> None:
+    digests = {file.name: _digest(file) for file in sorted((folder / name).iterdir())}
+    save_state(folder / STATE, {"shards": name, "digests": digests, "state": plain})
 
 
 def sharded_like(module: nn.Module) -> Callable[..., Tensor] | None:

@@ -9,6 +9,8 @@ part of the parameters.
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fitkit.batch import Share, tensors
-from fitkit.distributed import Processes, begin_lasting_group, is_shard, running_as, share_tensors, summed
+from fitkit.distributed import Processes, begin_lasting_group, running_as, share_tensors, summed
 from fitkit.windows import Window, multiply
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ def shard(module: nn.Module, processes: Processes, device: torch.device) -> None
     mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (processes.world,))
     for block in _blocks(module, kind):
         fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    # By itself torch leaves the outermost parameters whole for a backward pass, which an evaluation has not.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
     if device.type == "cpu":  # gloo sums, and has no means
         for part in module.modules():
             if isinstance(part, kind):
@@ -70,8 +73,18 @@ def _blocks(module: nn.Module, kind: Any) -> list[nn.Module]:
     lists = [each for each in module.modules() if isinstance(each, (nn.ModuleList, nn.Sequential))]
     listed = [child for each in reversed(lists) for child in each.children()]
     found = {id(child): child for child in listed if any(True for _ in child.parameters())}
-    # A list is never called by itself, and one block has its parameters in it.
-    return [child for child in found.values() if not isinstance(child, (kind, nn.ModuleList, nn.Sequential))]
+    # A list is never called by itself; a parameter that two places share is put together by what has both in it.
+    everywhere = _counted(module)
+    return [
+        child
+        for child in found.values()
+        if not isinstance(child, (kind, nn.ModuleList, nn.Sequential))
+        and all(everywhere[key] == count for key, count in _counted(child).items())
+    ]
+
+
+def _counted(module: nn.Module) -> Counter[int]:
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 @final
@@ -123,19 +136,18 @@ class Sharding:
             self._expected = [self._window.size * (total or 1.0) for total in totals]
             self._totals = [0.0] * len(totals)
         self._totals = [before + total for before, total in zip(self._totals, totals, strict=True)]
-        loss: Tensor | None = None
+        # The processes have to go through the same parameters: all that any of them has something for.
+        ends: dict[int, tuple[Tensor, Tensor]] = {}
         for index, (part, weight) in enumerate(zip(outcome.parts, weights, strict=True)):
             if weight:
                 share = self._window.shares[index] * self._world
                 seed = share if self._window.adds_up[index] else share * weight / self._expected[index]
-                loss = part.value * seed if loss is None else loss + part.value * seed
-        if loss is not None:
-            loss.backward()
-            return
-        # From the outputs: a mean over no targets would give NaN for whatever it is multiplied with.
-        ends = [each for each in tensors(outcome.outputs) if each.requires_grad]
-        ends = ends or [part.value for part in outcome.parts if part.value.requires_grad]
-        torch.autograd.backward(ends, [torch.zeros_like(end) for end in ends])
+                ends[id(part.value)] = part.value, torch.full_like(part.value, seed)
+            elif totals[index] or not any(totals):
+                # From the outputs: a mean over no targets gives NaN, whatever it is multiplied with.
+                reached = _reached(part.value, [each for each in tensors(outcome.outputs) if each.requires_grad])
+                ends.update({id(end): (end, torch.zeros_like(end)) for end in reached or [part.value]})
+        torch.autograd.backward([end for end, _ in ends.values()], [seed for _, seed in ends.values()])
 
     def close(self, held: Sequence[nn.Parameter]) -> None:
         """Leaves in the parameters the gradient of the window, each process its part.
@@ -159,6 +171,31 @@ class Sharding:
         multiply([parameter.grad for parameter in held], factors[0])
 
 
+def _reached(value: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the outputs that the value was made from."""
+    nodes = {id(output.grad_fn): output for output in outputs if output.grad_fn is not None}
+    found, seen, waiting = [], set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if id(node) in nodes:
+            found.append(nodes[id(node)])
+        else:
+            waiting += [following for following, _ in node.next_functions]
+    return found
+
+
 def is_sharded(module: nn.Module) -> bool:
-    """Whether each process keeps a part of the module's parameters."""
-    return any(map(is_shard, module.parameters()))
+    """Whether each process keeps a part of the module's parameters, also while they are put together."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
+
+
+def let_go(module: nn.Module) -> None:
+    """Lets parameters go that a pass without a backward pass has left together."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for part in () if fsdp is None else module.modules():
+        if isinstance(part, fsdp.FSDPModule):  # type: ignore[union-attr]  # it is there
+            part.reshard()

@@ -17,12 +17,13 @@ from fitkit.computation import ClassWeight, Compiled, Computation, Outcome, User
 from fitkit.device import autocasting, copy_back, random_state, restore_random_state
 from fitkit.diagnosis import explain_nonfinite
 from fitkit.distributed import Processes, share_tensors
+from fitkit.errors import NotNowError
 from fitkit.gradients import GradientNorms, clip_gradients
 from fitkit.joint_losses import JointLosses
 from fitkit.logs import BatchLogs, read
 from fitkit.numbers import Numbers
 from fitkit.optimization import check_holds_trainable
-from fitkit.sharding import Sharding
+from fitkit.sharding import Sharding, let_go
 from fitkit.synchronisation import Synchronisation
 from fitkit.windows import Window
 
@@ -204,7 +205,7 @@ class TrainStep:
         def forward() -> None:
             self._compute(batch, 0)
 
-        if batch is None:
+        if batch is None or isinstance(self.together, Sharding):  # a pass is for all processes, and this one's business
             return "It is not known where."
         if self._by_hand:
             return "The training_step trains by itself; look at what it returns."
@@ -268,7 +269,7 @@ class TrainStep:
         # Between two windows gradients are about to be cleared; those of a step of the user's own are the user's.
         kept = self._by_hand or not self._window.is_complete
         if kept and isinstance(self.together, Sharding):
-            raise ValueError(
+            raise NotNowError(
                 'strategy="fsdp" saves after batches that complete a step, received one in the midst of '
                 "accumulate_grad_batches. Save at the end of an epoch, or every so many whole steps."
             )
@@ -373,6 +374,7 @@ class TestStep:
     ) -> None:
         self.numbers = Numbers.start(compiled, user_step, owns_batches=owns_batches)
         self.numbers.is_shared = is_shared
+        self._module = compiled.module
         compute = Computation(compiled, user_step)
         self._compute = autocasting(compute, compiled.precision, compiled.device)
         may_join = user_step is None and JointLosses.serves(compiled, self.numbers)
@@ -403,6 +405,7 @@ class TestStep:
         if self._joint is not None:
             with torch.no_grad():
                 self._joint.settle()
+        let_go(self._module)
 
     def epoch_logs(self) -> dict[str, float]:
         """The numbers of all batches, read at once."""
@@ -461,3 +464,4 @@ class PredictStep:
 
     def finish(self) -> None:
         """Nothing is open at the end."""
+        let_go(self._compiled.module)

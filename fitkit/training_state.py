@@ -198,8 +198,14 @@ def _put(value: Any, state: Any) -> None:
         value.set_state(state)
     elif isinstance(value, torch.optim.Optimizer):
         # The rate that a scheduler started from is there as long as the scheduler is: a run's own one has gone.
+        # Of sharded parameters not every optimizer has a fused step, which the file may have had.
+        ours = ("fused", "foreach") if any(map(is_shard, _parameters(value))) else ()
         groups = [
-            {key: item for key, item in saved.items() if key != "initial_lr" or key in group}
+            {
+                key: group[key] if key in ours else item
+                for key, item in saved.items()
+                if key != "initial_lr" or key in group
+            }
             for group, saved in zip(value.param_groups, state["param_groups"], strict=True)
         ]
         value.load_state_dict({**state, "param_groups": groups})
@@ -262,6 +268,10 @@ def _own_in(value: Any, name: str, around: tuple[int, ...]) -> Iterator[tuple[st
     elif isinstance(value, (list, tuple, dict)) and id(value) not in around:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _own_in(item, f"{name}[{key!r}]", (*around, id(value)))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _sizes(state: Mapping[str, Any]) -> list[int]:

@@ -161,3 +161,23 @@ def test_gradients_are_on_where_a_dataset_of_the_users_makes_its_samples() -> No
 
     compiled("cross_entropy").evaluate(Samples(), batch_size=2, verbose=0)
     assert set(on) == {True}
+
+
+def test_class_weights_that_a_callback_exchanges_count_from_the_next_batch_on() -> None:
+    x, y = data()
+    first, second = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 1.0, 1.0])
+    loss = nn.CrossEntropyLoss(weight=first)
+
+    class Exchanges(Callback):
+        def on_test_batch_end(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
+            if batch == 20:
+                loss.weight = second
+
+    model = compiled(loss)
+    found = model.evaluate(x, y, batch_size=BATCH, callbacks=[Exchanges()], verbose=0)
+    with torch.no_grad():
+        output = model.module(x)
+    split = 21 * BATCH
+    parts = [(output[:split], y[:split], first), (output[split:], y[split:], second)]
+    total = sum(F.cross_entropy(o, t, weight=weight, reduction="sum").item() for o, t, weight in parts)
+    assert found == pytest.approx(total / sum(weight[t].sum().item() for _, t, weight in parts))

@@ -14,11 +14,11 @@ from typing import Any, final
 
 from fitkit.callbacks.callback import Callback
 from fitkit.callbacks.display import print_line
-from fitkit.checkpoints import clear_left_overs, load_state
-from fitkit.distributed import any_of, is_first, running
+from fitkit.checkpoints import clear_left_overs
+from fitkit.distributed import any_of, by_first, is_first, running
 from fitkit.durations import seconds_of
-from fitkit.errors import CheckpointError, check_flag, check_integer, show
-from fitkit.sharded_checkpoints import remove, state_file
+from fitkit.errors import CheckpointError, NotNowError, check_flag, check_integer, show
+from fitkit.sharded_checkpoints import check_whole, remove, state_file
 
 
 @final
@@ -96,7 +96,7 @@ class BackupAndRestore(Callback):
         if not os.path.exists(state_file(self._previous)):
             return self.path
         try:
-            load_state(state_file(self.path))
+            check_whole(self.path)
         except CheckpointError as error:
             warnings.warn(f"{error} Going on from the backup before it, {self._previous}.", stacklevel=2)
             return self._previous
@@ -174,26 +174,32 @@ class BackupAndRestore(Callback):
         """What the clock and the system ask for."""
         is_due = self._every_seconds is not None and time.monotonic() - self._latest >= self._every_seconds
         if any_of(self._is_terminated or is_due):
-            self._back_up()
+            try:
+                self._back_up()
+            except NotNowError:
+                return  # at the next occasion
         if self._is_terminated:
             self._stop_listening()
             self._listen()  # a handler of the user's let the process live
 
     def _back_up(self) -> None:
-        self._latest = time.monotonic()
         try:
-            if self.double_checkpoint and is_first() and os.path.exists(self.path):
-                _keep_as(self.path, self._previous)
+            if self.double_checkpoint:
+                by_first(self._keep_previous)
             self.model.save(self.path)
         except OSError as error:
-            if not is_first():
-                return
-            warnings.warn(
-                f"The backup could not be written to {self.path}: {error}. Training goes on, and it is tried again at "
-                "the next occasion.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            if is_first():
+                warnings.warn(
+                    f"The backup could not be written to {self.path}: {error}. Training goes on, and it is tried again "
+                    "at the next occasion.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        self._latest = time.monotonic()
+
+    def _keep_previous(self) -> None:
+        if os.path.exists(state_file(self.path)):
+            _keep_as(self.path, self._previous)
 
     def _listen(self) -> None:
         """Has SIGTERM noted. Only the main thread can; what is ignored, or set from outside of Python, stays so."""

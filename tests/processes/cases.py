@@ -297,6 +297,38 @@ def several_outputs_alike() -> Any:
 
 
 @case
+def heads_of_which_a_process_has_no_target() -> Any:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.first, self.second = network(8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            body = self.body(x)
+            return {"first": self.first(body), "second": self.second(body)}
+
+    x, y = classes(48)
+    half = torch.arange(48) % 16 < 8
+    model = fitkit.Model(Heads(), device="cpu", strategy=STRATEGY)
+    model.compile("sgd", {"first": "cross_entropy", "second": "cross_entropy"})
+    ignored = torch.full_like(y, -100)
+    targets = {"first": torch.where(half, y, ignored), "second": torch.where(half, ignored, y)}
+    return trained(model, x, targets, shuffle=False)
+
+
+@case
+def a_single_layer() -> Any:
+    network()  # the same random numbers as in others
+    torch.manual_seed(RANK)
+    layer = nn.Linear(4, 3)
+    torch.manual_seed(1)
+    model = fitkit.Model(layer, device="cpu", strategy=STRATEGY)
+    model.compile("adam", "cross_entropy", learning_rate=0.01)
+    evaluated = model.evaluate(*classes(), verbose=0)
+    return {"evaluated": evaluated, **trained(model, *classes(), epochs=3, validation_split=0.3)}
+
+
+@case
 def metrics_that_keep_all_rows() -> Any:
     return trained(compiled(metrics=["auroc", "f1", "top_2_accuracy"]), *classes(), validation_split=0.3)
 

@@ -50,6 +50,7 @@ FIRST = [
         "a_window_without_targets",
     ),
     *("a_window_without_targets", "bfloat16", "predicting", "saved_in_mid_epoch"),
+    *("heads_of_which_a_process_has_no_target", "a_single_layer"),
 ]
 
 
