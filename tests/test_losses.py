@@ -364,6 +364,5 @@ def test_a_loss_that_tells_nothing_of_its_arguments_is_called_as_it_is() -> None
 
 
 def test_a_structure_is_shown_by_its_keys() -> None:
-    assert (
-        show_structure({"a": torch.zeros(2, 3), "b": (1, 2)}) == "{'a': Tensor of shape (2, 3), 'b': tuple of 2: 1, 2}"
-    )
+    shown = show_structure({"a": torch.zeros(2, 3), "b": (1, 2)})
+    assert shown == "{'a': tensor of shape (2, 3), 'b': tuple of 2: 1, 2}"
