@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fitkit
 from fitkit.loss_names import BUILT_IN, known_losses
-from fitkit.losses import Loss, Part
+from fitkit.losses import Loss, Part, show_structure
 
 CLASSES = (torch.randn(5, 3), torch.tensor([0, 2, -100, 1, 2]))
 PAIRS: dict[Any, tuple[Tensor, Tensor]] = {
@@ -343,3 +343,26 @@ def test_ignored_targets_of_a_loss_of_ones_own_are_read_from_its_attribute_or_op
     assert Loss(functools.partial(own, ignore_index=7)).meaning.ignore_index == 7
     own.ignore_index = 7  # type: ignore[attr-defined]
     assert Loss(own).meaning.ignore_index == 7
+
+
+def test_a_column_of_sample_weights_is_a_row() -> None:
+    loss, output, target = Loss("mse"), torch.randn(4, 3), torch.randn(4, 3)
+    weight = torch.tensor([1.0, 2.0, 0.0, 3.0])
+    assert torch.equal(loss(output, target, 4, weight[:, None]).value, loss(output, target, 4, weight).value)
+
+
+def test_a_loss_that_tells_nothing_of_its_arguments_is_called_as_it_is() -> None:
+    class Silent:
+        __signature__ = "none"
+
+        def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return (output - target).abs()
+
+    output, target = torch.randn(4), torch.randn(4)
+    value = Loss(Silent())(output, target, 4, torch.ones(4)).value
+    assert torch.equal(value, (output - target).abs().mean())
+
+
+def test_a_structure_is_shown_by_its_keys() -> None:
+    shown = show_structure({"a": torch.zeros(2, 3), "b": (1, 2)})
+    assert shown == "{'a': tensor of shape (2, 3), 'b': tuple of 2: 1, 2}"

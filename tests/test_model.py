@@ -1092,3 +1092,32 @@ def test_a_batch_object_of_a_graph_library_goes_to_the_module_whole() -> None:
     expected = sum(float(model.module(graphs)["loss"].detach()) * graphs.num_graphs for graphs in data) / 10
     assert model.fit(data, epochs=1, verbose=0)["loss"] == [pytest.approx(expected)]
     assert model.predict(data, verbose=0)["output"].shape == (10, 1)
+
+
+@pytest.mark.parametrize("name", ["batch_loss", "val_extra", "grad_2_norm_total"])
+def test_a_step_of_ones_own_cannot_log_under_a_name_of_fitkits(name: str) -> None:
+    class Own(fitkit.Model):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+            return {"loss": self.module(batch[0]).mean(), name: torch.tensor(1.0)}
+
+    model = Own(nn.Linear(X.shape[1], 1), device="cpu")
+    model.compile("sgd")
+    with pytest.raises(ValueError, match=f"Expected another name for the step's '{name}', which fitkit uses itself"):
+        model.fit(X, epochs=1, verbose=0)
+
+
+def test_class_weight_with_sample_weights_in_a_loader_is_refused_at_the_first_batch() -> None:
+    model = fitkit.Model(nn.Linear(X.shape[1], 3), device="cpu")
+    model.compile("sgd", "cross_entropy")
+    with pytest.raises(ValueError, match="came with data that has sample weights. Use one of the two"):
+        model.fit([(X, LABELS, torch.ones(len(X)))], epochs=1, class_weight={0: 2.0}, verbose=0)
+
+
+def test_class_weight_of_targets_in_a_column_is_that_of_the_row() -> None:
+    def trained(target: Tensor) -> float:
+        torch.manual_seed(0)
+        model = fitkit.Model(nn.Linear(X.shape[1], 3), device="cpu")
+        model.compile("sgd", "cross_entropy")
+        return model.train_on_batch(X, target, class_weight={0: 2.0})  # type: ignore[return-value]
+
+    assert trained(LABELS[:, None]) == trained(LABELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,27 @@ def test_a_plan_prints_as_a_table() -> None:
     assert "4 of 4" in shown
     assert plan.hooks["on_epoch_end"] == ("EarlyStopping", "History")
     assert "<table>" in plan._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"batch_size": 20, "accumulate_grad_batches": 8}, r"A step +3 batches, 50 samples\n"),
+        ({"micro_batch_size": 4}, r"Samples at a time +4\n"),
+        ({"micro_batch_size": "auto"}, r"Samples at a time +auto\n"),
+        ({"initial_epoch": 2}, r"Epochs +none: there is nothing left to do\n"),
+        ({}, r"Validations +none\n"),
+        (
+            {"callbacks": ReduceLROnPlateau("loss")},
+            r"Learning rate +0.01 at the first step; then ReduceLROn",
+        ),
+        ({"initial_epoch": 2, "callbacks": LearningRateScheduler(lambda epoch: 0.1)}, "Learning rate +no step is made"),
+    ],
+    ids=["one short step", "parts", "parts that fit", "nothing left", "no validation", "measured rate", "no rate"],
+)
+def test_a_plans_table_says_what_there_is_and_is_not(arguments: dict[str, Any], line: str) -> None:
+    shown = str(make_model().plan(X, Y, **{"epochs": 2, "verbose": 0, **arguments}))
+    assert re.search(line, shown), shown
 
 
 def test_frozen_parameters_are_not_trainable() -> None:

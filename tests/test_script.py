@@ -634,6 +634,59 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "several losses": ({"loss": ["mse"]}, {}, r"compile\(loss=\.\.\.\): none, or one for each"),
     "float16": ({"precision": "16-mixed"}, {}, r"compile\(precision=\.\.\.\)"),
     "channels last": ({"channels_last": True}, {}, r"compile\(channels_last=\.\.\.\)"),
+    "two that stop": (
+        {},
+        {"callbacks": [EarlyStopping("loss"), EarlyStopping("loss", mode="max")]},
+        "a second EarlySt",
+    ),
+    "two that set rates": (
+        {},
+        {
+            "callbacks": [
+                LearningRateScheduler(lambda epoch, rate: rate),
+                LRScheduler(lambda o: lr_scheduler.StepLR(o, 1)),
+            ]
+        },
+        "LearningRateScheduler beside LRScheduler",
+    ),
+    "rates of many epochs": (
+        {},
+        {"callbacks": LearningRateScheduler(lambda epoch, rate: rate), "epochs": 201},
+        "LearningRateScheduler over many epochs",
+    ),
+    "a schedule by a metric": (
+        {"metrics": ["accuracy"]},
+        {"callbacks": LRScheduler(lr_scheduler.ReduceLROnPlateau, monitor="accuracy")},
+        r"callbacks: LRScheduler\(accuracy",
+    ),
+    "weights of very many classes": ({}, {"class_weight": {10**6: 2.0}}, "class_weight: over 1000001 classes"),
+    "class weights of a Dataset": (
+        {},
+        {"data": Pairs(), "y": None, "class_weight": {1: 2.0}},
+        "class_weight: over targets that are no saved",
+    ),
+    "sample weights and a loss of one's own": (
+        {"loss": lambda output, target: output.mean(1)},
+        {"sample_weight": WEIGHTS},
+        "sample_weight: with a loss of your own",
+    ),
+    "a loss with weights of elements": (
+        {"loss": nn.BCEWithLogitsLoss(weight=torch.ones(2))},
+        {"y": X[:, :2].sigmoid()},
+        "one with weights of its own",
+    ),
+    "a loss with a tensor": (
+        {"loss": nn.BCEWithLogitsLoss(pos_weight=torch.ones(2))},
+        {"y": X[:, :2].sigmoid()},
+        "one with a tensor pos_weight",
+    ),
+    "class weights beside ignored targets": (
+        {"loss": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))},
+        {"y": IGNORING},
+        "class weights and ignored targets",
+    ),
+    "targets that are no tensor": ({}, {"data": [(X, {"a": LABELS})], "y": None}, r"batches that are not \(x, y\)"),
+    "inputs in nests": ({}, {"data": [([[X]], LABELS)], "y": None}, "inputs that are neither tensors nor a list"),
 }
 
 
@@ -644,6 +697,60 @@ def test_what_a_script_cannot_say_is_an_error_before_anything_is_written(name: s
     with pytest.raises(ValueError, match=words):
         model.to_script(tmp_path / "run.py", **{"data": X, "y": LABELS, "epochs": 1, **arguments})
     assert list(tmp_path.iterdir()) == []
+
+
+def eval_around_trained() -> nn.Module:
+    net = nn.Sequential(nn.Sequential(nn.Linear(6, 2)))
+    net[0].training = False
+    return net
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (eval_around_trained(), "received module: 0 in evaluation mode around what is trained"),
+        (nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2).double()), "received module: parameters of several dtypes"),
+        (nn.Linear(6, 2).requires_grad_(False), "Expected a module with trainable parameters"),
+    ],
+    ids=["modes", "dtypes", "frozen"],
+)
+def test_a_module_that_a_script_cannot_make_anew_is_refused(module: nn.Module, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        compiled(module).to_script(tmp_path / "run.py", data=X, y=LABELS, epochs=1)
+
+
+def test_an_optimizer_that_cannot_be_imported_is_refused(tmp_path: Path) -> None:
+    class Local(torch.optim.SGD):
+        pass
+
+    model = compiled(optimizer=Local)
+    with pytest.raises(ValueError, match="a Local that cannot be imported"):
+        model.to_script(tmp_path / "run.py", data=X, y=LABELS, epochs=1)
+
+
+def test_an_optimizer_over_part_of_a_submodule_is_refused(tmp_path: Path) -> None:
+    module = make_net()
+    model = compiled(module, optimizer=torch.optim.SGD([module[0].weight], lr=0.1))
+    with pytest.raises(ValueError, match="a SGD over parameters or with options that a script has no name for"):
+        model.to_script(tmp_path / "run.py", data=X, y=LABELS, epochs=1)
+
+
+def test_a_scheduler_that_has_stepped_is_refused(tmp_path: Path) -> None:
+    model = compiled()
+    assert model.optimizer is not None
+    scheduler = lr_scheduler.StepLR(model.optimizer, 2)
+    model.optimizer.step()
+    scheduler.step()
+    with pytest.raises(ValueError, match="a scheduler that has stepped"):
+        model.to_script(tmp_path / "run.py", data=X, y=LABELS, epochs=1, callbacks=LRScheduler(scheduler))
+
+
+def test_a_run_that_goes_on_from_a_file_is_refused(tmp_path: Path) -> None:
+    model = compiled()
+    model.fit(X, LABELS, epochs=1, verbose=0)
+    model.save(tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"received resume_from: .*Load it with model.load\(path\) first"):
+        model.to_script(tmp_path / "run.py", data=X, y=LABELS, epochs=2, resume_from=tmp_path / "state.pt")
 
 
 def test_a_step_of_ones_own_is_refused(tmp_path: Path) -> None:

@@ -96,8 +96,7 @@ def _check(run: FitRun, compiled: Compiled) -> None:
         raise unknown("micro_batch_size", repr(run.flags.micro_batch_size), "Leave it out: the step is the same.")
     if run.progress.saved is not None:
         raise unknown("resume_from", str(run.progress.saved[1]), "Load it with model.load(path) first.")
-    if compiled.optimizer is None:
-        raise unknown("compile(optimizer=...)", "nothing to train", by_hand)
+    assert compiled.optimizer is not None  # fit has refused to train nothing
     for parameter, kept in compiled.optimizer.state.items():
         for name, value in kept.items():
             # torch gives all but the step the parameter's dtype when it loads a state.

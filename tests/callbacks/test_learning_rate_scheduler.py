@@ -81,3 +81,7 @@ def test_a_model_without_anything_to_train_is_refused() -> None:
     scheduler.set_model(SimpleNamespace(optimizer=None))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="LearningRateScheduler needs an optimizer"):
         scheduler.on_train_begin({})
+
+
+def test_a_schedule_that_tells_nothing_of_its_arguments_gets_the_epoch_and_the_rate() -> None:
+    assert fitted(LearningRateScheduler(max))["learning_rate"] == [0.1, 1.0, 2.0, 3.0]

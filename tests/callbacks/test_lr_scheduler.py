@@ -251,3 +251,24 @@ def test_a_schedule_as_long_as_all_batches_is_not_advanced_by_epochs() -> None:
     model = compiled()
     with pytest.raises(ValueError, match=r"total_steps=9\) has as many .*, 3 x 3, .*interval=\"step\""):
         model.fit(X[:12], Y[:12], batch_size=4, epochs=3, callbacks=[cycle], verbose=0)
+
+
+def test_outside_of_a_fit_it_has_no_state() -> None:
+    scheduling = LRScheduler(halving)
+    assert scheduling.state_dict() == {}
+    scheduling.load_state_dict({})
+    assert scheduling.state_dict() == {}
+
+
+def test_a_rate_that_is_a_tensor_stays_one_when_a_run_goes_on(tmp_path: Path) -> None:
+    def run(epochs: int, **arguments: Any) -> tuple[fitkit.Model, list[float | None]]:
+        model = compiled(lambda parameters: torch.optim.Adam(parameters, lr=torch.tensor(0.1), capturable=False))
+        saving = LambdaCallback(on_epoch_end=lambda epoch, logs: model.save(tmp_path / "state") if epoch == 0 else None)
+        history = fitted(model, LRScheduler(halving), saving, epochs=epochs, **arguments)
+        assert isinstance(model.optimizer.param_groups[0]["lr"], torch.Tensor)  # type: ignore[union-attr]
+        return model, history["learning_rate"]
+
+    whole, rates = run(3)
+    resumed, again = run(3, resume_from=tmp_path / "state")
+    assert again == rates
+    assert all(map(torch.equal, resumed.module.parameters(), whole.module.parameters()))

@@ -220,3 +220,8 @@ def test_without_the_package_the_constructor_says_what_to_install(monkeypatch: p
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"TensorBoard needs tensorboard: pip install 'fitkit\[tensorboard\]'"):
         TensorBoard()
+
+
+def test_a_log_dir_that_is_no_path_is_refused() -> None:
+    with pytest.raises(TypeError, match="Expected a path, received log_dir=3"):
+        TensorBoard(3)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ optimizer and History must be, bit for bit, those of a run that nobody disturbed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -308,6 +309,7 @@ def _start(name: str, folder: Path, first: bool) -> int:
     if process:
         return process
     try:
+        os.setpgid(0, 0)  # a group with the workers that it starts
         os.chdir(folder)
         run = RUNS[name]
         model, fit = build(run)
@@ -339,6 +341,10 @@ def killed(name: str, kills: int, dice: random.Random) -> tuple[int, int, bytes]
                 time.sleep(dice.uniform(0.0, 0.2))
                 os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, 0)
+            # A worker looks whether its parent is alive, but one that has begun as an orphan sees no change: it stays for
+            # ever, and keeps the output open for those who read it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
             if os.WIFSIGNALED(status):
                 done += 1
                 continue

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the script fork
 
 
 def torture(*arguments: str) -> dict[str, Any]:
-    # What is killed has no lines to report, and counting them makes it hang where it is forked.
+    # What is killed has no lines to report, and would only be slower.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     ended = subprocess.run(
         [sys.executable, "-W", "error", str(SCRIPT), *arguments],
