@@ -341,8 +341,8 @@ def killed(name: str, kills: int, dice: random.Random) -> tuple[int, int, bytes]
                 time.sleep(dice.uniform(0.0, 0.2))
                 os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, 0)
-            # A worker looks whether its parent is alive, but one that has begun as an orphan sees no change: it stays for
-            # ever, and keeps the output open for those who read it.
+            # A worker looks whether its parent is alive, but one that has begun as an orphan sees no change: it stays
+            # for ever, and keeps the output open for those who read it.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)
             if os.WIFSIGNALED(status):
