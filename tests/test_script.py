@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import math
 import os
 import random
 import runpy
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 import fitkit
 from fitkit.callbacks import (
@@ -31,6 +33,7 @@ from fitkit.callbacks import (
     LRScheduler,
     SwapEMAWeights,
 )
+from fitkit.script.expressions import literal, module_expression
 
 X = torch.randn(203, 6, generator=torch.Generator().manual_seed(0))
 LABELS = (X[:, 0] + 0.5 * X[:, 1] > 0).long()
@@ -89,6 +92,14 @@ class Scaled(nn.Module):
 
     def forward(self, output, target):
         return self.factor * (output - target).square().mean()
+
+
+class Slow(torch.optim.SGD):
+    pass
+
+
+def differences(output, target):
+    return (output - target).abs()
 
 
 def distance(output, target):
@@ -269,6 +280,40 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
         {},
         {},
     ),
+    "a convolution": (
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(8, 2)),
+        {},
+        {},
+    ),
+    "betas": (make_net, {"optimizer": "adam with betas"}, {}),
+    "an optimizer of one's own": (make_net, {"optimizer": "one's own"}, {}),
+    "schedules at once": (
+        make_net,
+        {},
+        scheduled(
+            lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.5), lr_scheduler.StepLR(o, 2)]),
+        ),
+    ),
+    "class weights and ignored targets": (
+        make_net,
+        {},
+        {"y": IGNORING, "class_weight": {0: 0.3, 1: 2.0}, "validation_split": 0.2},
+    ),
+    "sets of labels": (
+        make_net,
+        {"loss": "multilabel_margin_loss"},
+        {"y": torch.stack([LABELS, torch.full_like(LABELS, -1)], 1)},
+    ),
+    "similarities as loss": (
+        make_net,
+        {"loss": nn.CosineSimilarity()},
+        {"y": X[:, :2], "accumulate_grad_batches": 3, "validation_split": 0.2},
+    ),
+    "item losses of one's own": (
+        make_net,
+        {"loss": lambda output, target: None},
+        {"y": X[:, :2], "accumulate_grad_batches": 3, "validation_split": 0.2},
+    ),
     "another optimizer": (lambda: nn.Linear(6, 2, bias=False), {"optimizer": "rmsprop"}, {}),
     "a schedule of one's own": (make_net, {}, {"callbacks": None}),
     "infinite losses": (make_net, {"learning_rate": 1e30, "optimizer": "sgd"}, {"on_nonfinite": "stop"}),
@@ -288,8 +333,14 @@ def arranged(name: str, folder: Path) -> tuple[fitkit.Model, dict[str, Any]]:
     if callable(options["optimizer"]):
         parameters = list(model.module.parameters())
         options |= {"optimizer": torch.optim.SGD(parameters[-2:], lr=0.1), "learning_rate": None}
+    if name == "betas":
+        options |= {"optimizer": torch.optim.Adam(model.module.parameters(), betas=(0.5, 0.9)), "learning_rate": None}
+    if name == "an optimizer of one's own":
+        options |= {"optimizer": nets().Slow(model.module.parameters(), lr=0.1), "learning_rate": None}
     if name == "a loss of one's own":
         options["loss"] = nets().distance
+    if name == "item losses of one's own":
+        options["loss"] = nets().differences
     if name == "a loss module of one's own":
         options["loss"] = nets().Scaled(0.5)
     arguments = {"data": X, "y": LABELS, "epochs": 4, "verbose": 0, **arguments}
@@ -444,6 +495,10 @@ def test_groups_of_submodules_keep_their_rates(folder: Path) -> None:
     assert_same(path, model)
 
 
+def collate(samples: list[Any]) -> Any:
+    return default_collate(samples)
+
+
 FILLED: dict[str, tuple[Callable[[], Any], str]] = {
     "dataset": (Pairs, "TensorDataset(X, Y)"),
     "a loader": (
@@ -453,6 +508,10 @@ FILLED: dict[str, tuple[Callable[[], Any], str]] = {
     "ready batches": (
         lambda: [(X[:100], LABELS[:100]), (X[100:], LABELS[100:])],
         "[(X[:100], Y[:100]), (X[100:], Y[100:])]",
+    ),
+    "a loader with a collate_fn": (
+        lambda: DataLoader(TensorDataset(X, LABELS), batch_size=32, collate_fn=collate),
+        "DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=32)",
     ),
     "a list of python's numbers": (lambda: Floats(), "[(X[i], Y[i].double()) for i in range(203)]"),
 }
@@ -612,6 +671,20 @@ class OwnStep(fitkit.Model):
         return self.module(batch[0]).mean()
 
 
+class Keeping(nn.Module):
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output * self.kept).mean()
+
+
+class OwnSchedule(lr_scheduler.StepLR):
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer, 1)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a generator": ({}, {"data": iter([(X, LABELS)]), "y": None, "steps_per_epoch": 1}, "received data: "),
     "a stream": ({}, {"data": Stream(), "y": None}, "received data: "),
@@ -630,6 +703,25 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         r"callbacks: EarlyStopping\(accuracy\)",
     ),
     "a lambda as loss": ({"loss": lambda output, target: output.mean()}, {}, r"compile\(loss=\.\.\.\): a function"),
+    "a loss module that keeps what nobody can write": (
+        {"loss": Keeping(torch.ones(2))},
+        {},
+        "a Keeping that a script cannot make anew",
+    ),
+    "a scheduler of one's own": (
+        {},
+        {"callbacks": LRScheduler(lambda o: OwnSchedule(o))},
+        "callbacks: LRScheduler with a scheduler",
+    ),
+    "schedules in a row with one of one's own": (
+        {},
+        {
+            "callbacks": LRScheduler(
+                lambda o: lr_scheduler.SequentialLR(o, [OwnSchedule(o), lr_scheduler.StepLR(o, 1)], [2])
+            )
+        },
+        "callbacks: LRScheduler with a scheduler",
+    ),
     "a sum": ({"loss": nn.CrossEntropyLoss(reduction="sum")}, {}, r"compile\(loss=\.\.\.\): one with reduction"),
     "several losses": ({"loss": ["mse"]}, {}, r"compile\(loss=\.\.\.\): none, or one for each"),
     "float16": ({"precision": "16-mixed"}, {}, r"compile\(precision=\.\.\.\)"),
@@ -788,3 +880,33 @@ def test_what_fit_refuses_is_refused_with_the_same_words(tmp_path: Path) -> None
         compiled().to_script(tmp_path / "run.py", data=X, y=LABELS, train_percent_check=0.0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
         compiled().to_script(tmp_path / "run.py", data=X, y=LABELS, epoch=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(math.inf, 'float("inf")'), ((1,), "(1,)"), ((0.5, 1e20), "(0.5, 1e20)"), ([1, [2]], "[1, [2]]")],
+    ids=str,
+)
+def test_a_literal_is_read_as_what_was_written(value: Any, text: str) -> None:
+    assert literal(value) == text
+    assert eval(text) == value
+
+
+@pytest.mark.parametrize("value", [{1, 2}, [1, X], "\0"], ids=["set", "tensor", "unprintable"])
+def test_what_has_no_literal_is_not_written(value: Any) -> None:
+    assert literal(value) is None
+
+
+class Renamed(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        if size > 3:
+            raise ValueError("too much")
+        self.size = size
+
+
+def test_a_module_that_cannot_be_made_from_its_attributes_has_no_expression() -> None:
+    changed, named = Renamed(3), nn.Sequential(OrderedDict(first=nn.Linear(6, 2)))
+    changed.size = 4
+    assert module_expression(changed) is None
+    assert module_expression(named) is None

@@ -84,7 +84,10 @@ def class_weight_text(weights: dict[int, float], source: Source, loss: Loss, dev
 
 
 def _own(loss: Loss, sources: Sequence[Source]) -> LossText:
-    """A function or module of the user's, imported from where it lives; it gives one number, weighed by samples."""
+    """A function or module of the user's, imported from where it lives.
+
+    As in fit, several numbers mean their mean, which of one is itself; it is weighed by samples.
+    """
     advice = "Move it into a file that can be imported."
     if any(source.weighted for source in sources):
         raise unknown("sample_weight", "with a loss of your own", "Use a loss by name, or write the loop by hand.")
@@ -92,13 +95,13 @@ def _own(loss: Loss, sources: Sequence[Source]) -> LossText:
         found = importable(loss.call)
         if found is None:
             raise unknown("compile(loss=...)", "a function that cannot be imported by its name", advice)
-        return LossText(f"{found[1]}(output, y)", [], "len(y)", imports=[found])
+        return LossText(f"{found[1]}(output, y).mean()", [], "len(y)", imports=[found])
     text, found = module_expression(loss.module), importable(type(loss.module))
     if text is None or found is None or loss.module.state_dict():
         raise unknown("compile(loss=...)", f"a {type(loss.module).__name__} that a script cannot make anew", advice)
     if text.startswith("nn."):
-        return LossText("loss_function(output, y)", [], "len(y)", constants=[f"loss_function = {text}"])
-    return LossText("loss_function(output, y)", [], "len(y)", False, [f"loss_function = {text}"], [found])
+        return LossText("loss_function(output, y).mean()", [], "len(y)", constants=[f"loss_function = {text}"])
+    return LossText("loss_function(output, y).mean()", [], "len(y)", False, [f"loss_function = {text}"], [found])
 
 
 def _options(loss: Loss, device: torch.device) -> tuple[list[str], list[str]]:
