@@ -353,3 +353,16 @@ def test_within_a_fit_it_is_refused() -> None:
 def test_no_line_an_epoch_is_written_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     compiled().find_learning_rate(X, Y, steps=20, end=1e-3)
     assert capsys.readouterr().out == ""
+
+
+class Noting(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        self.param_groups[0]["steps"] = self.param_groups[0].get("steps", 0) + 1
+        return super().step(closure)
+
+
+def test_an_option_that_the_optimizer_adds_does_not_stay() -> None:
+    module = network()
+    optimizer = Noting(module.parameters(), lr=0.1)
+    compiled(optimizer, module).find_learning_rate(X, Y, steps=20)
+    assert "steps" not in optimizer.param_groups[0]

@@ -111,3 +111,9 @@ class Losses:
 def test_batch_logs_tell_the_first_loss_that_is_not_finite() -> None:
     assert BatchLogs(Losses(1.0, math.nan, math.inf)).first_nonfinite() == 1
     assert BatchLogs(Losses(1.0, 2.0)).first_nonfinite() is None
+
+
+def test_a_state_of_sums_that_are_no_numbers_is_refused() -> None:
+    state = _mean([(1.0, 1)]).state_dict()
+    with pytest.raises(ValueError, match="Expected sums of one number each"):
+        Mean(CPU).load_state_dict({**state, "sum": torch.ones(2)})

@@ -535,3 +535,10 @@ def test_an_epochs_mean_is_that_of_its_data() -> None:
     for size in (1, 7, 32, 33):
         history = model.fit(torch.ones(33, 1), y, batch_size=size, epochs=1, verbose=0)
         assert history["loss"] == [pytest.approx(4.0, rel=1e-6)]
+
+
+def test_an_epoch_without_any_target_says_so() -> None:
+    model = fitkit.Model(nn.Linear(1, 2), device="cpu")
+    model.compile("sgd", "cross_entropy")
+    with pytest.raises(fitkit.NonFiniteLossError, match="received batches of which none had any: all are ignored"):
+        model.fit(X, torch.full((6,), -100), verbose=0)

@@ -366,3 +366,8 @@ def test_a_loss_that_tells_nothing_of_its_arguments_is_called_as_it_is() -> None
 def test_a_structure_is_shown_by_its_keys() -> None:
     shown = show_structure({"a": torch.zeros(2, 3), "b": (1, 2)})
     assert shown == "{'a': tensor of shape (2, 3), 'b': tuple of 2: 1, 2}"
+
+
+def test_a_returned_weight_has_to_be_one_number() -> None:
+    with pytest.raises(ValueError, match=r"Expected one number, received weight returned by .* of shape \(2,\)"):
+        judge(lambda output, target: (output.mean(), torch.ones(2)), torch.ones(2, 1), torch.ones(2, 1), 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
@@ -1121,3 +1122,62 @@ def test_class_weight_of_targets_in_a_column_is_that_of_the_row() -> None:
         return model.train_on_batch(X, target, class_weight={0: 2.0})  # type: ignore[return-value]
 
     assert trained(LABELS[:, None]) == trained(LABELS)
+
+
+def test_a_fit_within_a_fit_of_the_same_model_is_refused() -> None:
+    model = compiled()
+    again = LambdaCallback(on_train_batch_end=lambda batch, logs: model.fit(X, Y, verbose=0))
+    with pytest.raises(ValueError, match=r"fit\(...\) was called from within a fit of the same Model"):
+        model.fit(X, Y, callbacks=again, verbose=0)
+
+
+class Wordy(nn.Module):
+    def forward(self, x: Tensor) -> str:
+        return "many words"
+
+
+def test_outputs_that_cannot_be_joined_say_what_to_override() -> None:
+    model = fitkit.Model(Wordy(), device="cpu")
+    with pytest.raises(ValueError, match="Expected outputs with a batch dimension.*Override predict_step"):
+        model.predict(X, verbose=0)
+
+
+class Picky(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, left: Tensor, right: Any = None) -> Tensor:
+        raise RuntimeError("not these")
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        ({"left": X, "right": X}, r"left=float32 of shape \(10, 3\), right=float32 of shape \(10, 3\)"),
+        ([X, X], r"\(float32 of shape \(10, 3\), float32 of shape \(10, 3\)\)"),
+    ],
+    ids=["mapping", "list"],
+)
+def test_an_error_of_the_module_says_what_it_was_called_on(x: Any, words: str) -> None:
+    with pytest.raises(RuntimeError, match="not these") as caught:
+        fitkit.Model(Picky(), device="cpu").predict(x, verbose=0)
+    said = " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])  # Python 3.10 has no notes
+    assert re.search(f"The module was called on {words}.", said)
+
+
+def test_weights_of_samples_and_of_classes_together_are_refused_in_a_tuple_too() -> None:
+    model = compiled(nn.Linear(3, 3), "sgd", "cross_entropy")
+    with pytest.raises(ValueError, match="class_weight=... and sample_weight=... exclude each other"):
+        model.fit((X, LABELS, torch.ones(10)), class_weight={0: 2.0}, verbose=0)
+
+
+def test_class_weights_need_one_loss_over_one_output() -> None:
+    class Own(fitkit.Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.module(batch[0]).mean()
+
+    model = Own(nn.Linear(3, 3), device="cpu")
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="class_weight=... needs one compiled loss over one output"):
+        model.fit(X, LABELS, class_weight={0: 2.0}, verbose=0)

@@ -173,3 +173,11 @@ def test_what_the_user_gives_to_no_optimizer_stays_out_without_an_error() -> Non
     before = model.module[0].weight.detach().clone()
     model.fit(torch.randn(8, 3), torch.randn(8, 1), epochs=1, verbose=0)
     assert torch.equal(model.module[0].weight, before)
+
+
+def test_a_callable_is_not_called_where_nothing_is_trained() -> None:
+    def make(parameters: Any) -> Any:
+        raise AssertionError("there are no parameters")
+
+    frozen = nn.Linear(2, 1).requires_grad_(False)
+    assert make_optimizer(make, frozen) is None

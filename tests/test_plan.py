@@ -398,3 +398,11 @@ def test_a_plan_can_be_made_from_within_a_fit() -> None:
     planning = LambdaCallback(on_epoch_end=lambda epoch, logs: plans.append(model.plan(X, Y, epochs=2)))
     model.fit(X, Y, epochs=2, verbose=0, callbacks=[planning])
     assert [plan.steps for plan in plans] == [4, 4]
+
+
+def test_the_rates_of_very_many_steps_are_not_run_through() -> None:
+    callback = LRScheduler(lambda optimizer: lr_scheduler.StepLR(optimizer, 1), interval="step")
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    model.compile("sgd", "mse")
+    plan = model.plan(X, Y, batch_size=1, epochs=4001, callbacks=callback)
+    assert "more than 200000 steps are not run through" in str(plan)

@@ -251,9 +251,10 @@ def test_balanced_classes_are_weighted_as_scikit_learn_says() -> None:
     torch.testing.assert_close(weights_of(named), weights_of(by_hand))
 
 
-def test_weights_without_any_sum_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"zero|sum above 0"):
-        regressor().fit(ROWS, VALUES, sample_weight=np.zeros(120))
+@pytest.mark.parametrize("weight", [0.0, -1.0])  # of zeros, a newer scikit-learn says so itself
+def test_weights_without_any_sum_are_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"non-zero|sum above 0"):
+        regressor().fit(ROWS, VALUES, sample_weight=np.full(120, weight))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,3 +453,10 @@ def test_a_module_with_several_outputs_is_refused() -> None:
     fitted = regressor(module=Two, epochs=1).fit(ROWS, VALUES)
     with pytest.raises(TypeError, match="one tensor as its output"):
         fitted.predict(ROWS)
+
+
+def test_partial_fits_of_a_regressor_are_the_epochs_of_one_fit() -> None:
+    options: dict[str, Any] = {"shuffle": False, "module": nn.Linear(4, 2)}
+    parts = regressor(**options).partial_fit(ROWS, VALUES).partial_fit(ROWS, VALUES)
+    whole = regressor(epochs=2, **options).fit(ROWS, VALUES)
+    assert torch.equal(weights_of(parts), weights_of(whole))

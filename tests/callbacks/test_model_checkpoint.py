@@ -289,3 +289,22 @@ def test_left_overs_of_a_crash_are_cleared_away_when_they_are_old() -> None:
         os.utime(Path("files", name), (time.time() - age,) * 2)
     fit(ModelCheckpoint("files/{epoch}.pt"), epochs=1)
     assert files("files") == [".fitkit-2.tmp", "1.pt"]
+
+
+def test_the_best_of_batches_is_saved_where_files_are_of_batches() -> None:
+    fit(ModelCheckpoint("{batch}.pt", monitor="loss", save_best_only=True, save_freq=1), epochs=1)
+    assert "1.pt" in files()
+
+
+def test_a_key_of_the_name_that_no_log_has_is_an_error_that_lists_them() -> None:
+    with pytest.raises(ValueError, match="mark"):
+        fit(ModelCheckpoint("{epoch}-{mark:.2f}.pt"))
+
+
+def test_a_file_that_somebody_took_away_is_not_missed() -> None:
+    def take(epoch: int, logs: Any) -> None:
+        if epoch == 1:
+            os.remove("1.pt")
+
+    fit(LambdaCallback(on_epoch_begin=take), marks(3, 2, 1), ModelCheckpoint("{epoch}.pt", "mark", save_top_k=1))
+    assert files() == ["3.pt"]
