@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fitkit
 from fitkit.batch import call, count_samples, described, join, on_cpu, own_loss, split, tensors, unpack, zeros
+from fitkit.device import move
 
 Pair = namedtuple("Pair", ["first", "second"])
 A, B, C = torch.zeros(2, 1), torch.ones(2, 1), torch.full((2, 1), 2.0)
@@ -237,3 +238,17 @@ def test_a_type_error_from_within_forward_stays_as_it_is() -> None:
     with pytest.raises(TypeError) as caught:
         call(TwoInputs(), {"left": 1, "right": "2"})
     assert "its forward takes" not in "".join(traceback.format_exception_only(caught.value))
+
+
+def test_what_is_no_tensor_stays_as_it_is_on_its_way_to_the_device() -> None:
+    anything, nothing = object(), None
+    moved = move({"x": A, "name": "text", "all": [anything, nothing, 3]}, torch.device("cpu"), torch.float64)
+    assert moved["x"].dtype == torch.float64
+    assert moved["name"] == "text"
+    assert moved["all"] == [anything, nothing, 3]
+
+
+def test_a_function_that_does_not_say_what_it_takes_keeps_its_error() -> None:
+    with pytest.raises(TypeError, match="dot") as caught:
+        call(torch.dot, [A])
+    assert not getattr(caught.value, "__notes__", [])

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fitkit
+from fitkit.callbacks import LambdaCallback
 from fitkit.logs import HELD, BatchLogs, Mean, Tally, read
 
 CPU = torch.device("cpu")
@@ -117,3 +119,13 @@ def test_a_state_of_sums_that_are_no_numbers_is_refused() -> None:
     state = _mean([(1.0, 1)]).state_dict()
     with pytest.raises(ValueError, match="Expected sums of one number each"):
         Mean(CPU).load_state_dict({**state, "sum": torch.ones(2)})
+
+
+def test_the_numbers_of_a_batch_print_as_a_dict() -> None:
+    seen: list[str] = []
+    model = fitkit.Model(torch.nn.Linear(1, 1), device="cpu")
+    model.compile("sgd", "mse")
+    see = LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(f"{logs!r} {dict(logs)!r}"))
+    model.fit(torch.ones(2, 1), torch.ones(2, 1), callbacks=see, verbose=0)
+    assert seen[0].startswith("{'loss': ")
+    assert len(set(seen[0].split(" {"))) == 2

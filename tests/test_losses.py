@@ -371,3 +371,8 @@ def test_a_structure_is_shown_by_its_keys() -> None:
 def test_a_returned_weight_has_to_be_one_number() -> None:
     with pytest.raises(ValueError, match=r"Expected one number, received weight returned by .* of shape \(2,\)"):
         judge(lambda output, target: (output.mean(), torch.ones(2)), torch.ones(2, 1), torch.ones(2, 1), 2)
+
+
+def test_an_error_of_bce_that_is_not_about_its_range_is_torchs() -> None:
+    with pytest.raises(RuntimeError, match=r"\b7\b"):
+        judge(nn.BCELoss(weight=torch.ones(7)), torch.rand(5, 3), torch.ones(5, 3), 5)

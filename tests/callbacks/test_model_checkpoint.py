@@ -308,3 +308,11 @@ def test_a_file_that_somebody_took_away_is_not_missed() -> None:
 
     fit(LambdaCallback(on_epoch_begin=take), marks(3, 2, 1), ModelCheckpoint("{epoch}.pt", "mark", save_top_k=1))
     assert files() == ["3.pt"]
+
+
+def test_the_best_of_another_direction_is_forgotten() -> None:
+    lowest, highest = (ModelCheckpoint("best.pt", "mark", save_best_only=True, mode=mode) for mode in ("min", "max"))
+    fit(marks(3, 2, 1), lowest)
+    fit(marks(5, 6, 4), highest)
+    highest.load_state_dict(lowest.state_dict())
+    assert (lowest.best, highest.best) == (1, 6)
