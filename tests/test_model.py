@@ -1143,10 +1143,6 @@ def test_outputs_that_cannot_be_joined_say_what_to_override() -> None:
 
 
 class Picky(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 1)
-
     def forward(self, left: Tensor, right: Any = None) -> Tensor:
         raise RuntimeError("not these")
 

@@ -897,7 +897,7 @@ def test_what_has_no_literal_is_not_written(value: Any) -> None:
     assert literal(value) is None
 
 
-class Renamed(nn.Module):
+class Small(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         if size > 3:
@@ -906,7 +906,7 @@ class Renamed(nn.Module):
 
 
 def test_a_module_that_cannot_be_made_from_its_attributes_has_no_expression() -> None:
-    changed, named = Renamed(3), nn.Sequential(OrderedDict(first=nn.Linear(6, 2)))
+    changed, named = Small(3), nn.Sequential(OrderedDict(first=nn.Linear(6, 2)))
     changed.size = 4
     assert module_expression(changed) is None
     assert module_expression(named) is None
