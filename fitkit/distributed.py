@@ -220,6 +220,13 @@ def shard_like(value: Any, like: Any) -> Any:
     return torch.distributed.tensor.distribute_tensor(value.to(like.device, like.dtype), mesh, placements)
 
 
+def scattered_like(tensor: Tensor, like: Any) -> Tensor:
+    """The sum of the processes' tensors, of which each keeps the part that it keeps of another; to be called by all."""
+    partial = [torch.distributed.tensor.Partial()] * like.device_mesh.ndim
+    given = torch.distributed.tensor.DTensor.from_local(tensor, like.device_mesh, partial)
+    return given.redistribute(placements=like.placements)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, from the parts of all processes; to be called by all of them."""
     return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
@@ -328,6 +335,15 @@ def summed(numbers: list[float]) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64, device=_talking_device())
     dist.all_reduce(total)
     return total.tolist()
+
+
+def summed_weight(weight: float | Tensor) -> float | Tensor:
+    """The sum of a number over all processes, on the device where only that knows it; to be called by all."""
+    if not isinstance(weight, Tensor):
+        return summed([weight])[0]
+    total = weight.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def _talking_device() -> torch.device:

@@ -15,6 +15,7 @@ from fitkit import batch as batches_of
 from fitkit.callbacks.display import print_line
 from fitkit.flags import TrainingFlags
 from fitkit.logs import BatchLogs
+from fitkit.sharding import Sharding
 from fitkit.steps import TrainStep
 from fitkit.synchronisation import Synchronisation
 
@@ -55,8 +56,13 @@ class FixedParts:
 
     def __call__(self, batch: Any, index: int) -> None:
         parts = batches_of.split(batch, self.size)
+        together = self._step.together
+        # The processes that share a sharded module pass through it equally often.
+        passes = together.parts(self.size) if isinstance(together, Sharding) else len(parts)
         for position, part in enumerate(parts, start=1):
-            self._step(part, index, parts=len(parts), is_last=position == len(parts))
+            self._step(part, index, parts=passes, is_last=position == passes)
+        if len(parts) < passes:
+            self._step.stand_in(parts[-1], index)
 
     def finish(self) -> None:
         """Ends the epoch."""

@@ -125,10 +125,10 @@ class Preparation:
         """Refuses what a module cannot have of which each process keeps a part."""
         if self.processes is None or not self.processes.is_sharded:
             return
-        if flags.micro_batch_size is not None:
+        if flags.micro_batch_size == "auto":
             raise ValueError(
-                f'strategy="fsdp" takes the whole of its part of a batch at once, received '
-                f"micro_batch_size={show(flags.micro_batch_size)}. Use accumulate_grad_batches and smaller batches."
+                'strategy="fsdp" needs a number of samples, received micro_batch_size="auto": memory may run out in '
+                "one process alone, and all have to pass through the module equally often."
             )
         for index, callback in enumerate(callbacks):
             if isinstance(callback, SwapEMAWeights):

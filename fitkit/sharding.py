@@ -1,31 +1,47 @@
 """A module of which each process keeps a part, by torch's fully_shard (FSDP2), and the gradients of its windows.
 
-Parameters are put together for each pass and let go again; the backward pass leaves in each process the gradient of its
-part, averaged over processes. What is wanted is the mean over what the window holds. So the processes tell each other
-what a micro-batch weighs before its backward pass, and each seeds it by its own weight over that of all. A process
-without a sample of a batch, or without a target in it, goes through both passes with nothing, since the others need its
-part of the parameters.
+Parameters are put together for each pass and let go again. The backward passes of a window leave whole gradients in
+each process; the last one leaves in each the gradient of its part, averaged over processes. What is wanted is the mean
+over what the window holds. So each process seeds its passes by their weight over what the window is expected to hold in
+all, and gradients are corrected once where it holds something else. A process without a sample of a batch, or without a
+target in it, goes through both passes with nothing, since the others need its part of the parameters.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, final
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from fitkit.batch import Share, tensors
-from fitkit.distributed import Processes, begin_lasting_group, running_as, share_tensors, summed
-from fitkit.windows import Window, multiply
+from fitkit.device import sum_dtype
+from fitkit.distributed import (
+    Processes,
+    begin_lasting_group,
+    is_shard,
+    running_as,
+    scattered_like,
+    share_tensors,
+    summed,
+    summed_weight,
+)
+from fitkit.losses import Weight
+from fitkit.windows import Window, correction, multiply
 
 if TYPE_CHECKING:
     from fitkit.computation import Outcome
 
 # Factors of two outputs that differ by more than rounding.
 ALIKE = 1e-9
+
+# The modules that were sharded here. Those of the user's own scatter their gradients as the user has set them.
+_sharded_here: WeakSet[nn.Module] = WeakSet()
 
 
 def shard(module: nn.Module, processes: Processes, device: torch.device) -> None:
@@ -49,10 +65,12 @@ def shard(module: nn.Module, processes: Processes, device: torch.device) -> None
     if isinstance(module, kind):
         return
     mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (processes.world,))
-    for block in _blocks(module, kind):
+    blocks = _blocks(module, kind)
+    for block in blocks:
         fully_shard(block, mesh=mesh)
     # By itself torch leaves the outermost parameters whole for a backward pass, which an evaluation has not.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    _sharded_here.update([*blocks, module])
     if device.type == "cpu":  # gloo sums, and has no means
         for part in module.modules():
             if isinstance(part, kind):
@@ -93,61 +111,95 @@ class Sharding:
 
     Args:
         processes: that share the work.
+        module: the sharded one.
         window: whose micro-batches are counted.
     """
 
-    def __init__(self, processes: Processes, window: Window) -> None:
+    def __init__(self, processes: Processes, module: nn.Module, window: Window) -> None:
         self._world = processes.world
         self._window = window
+        self._gradients = WholeGradients(module)
+        # What a sample weighs, as the first pass of the fit shows.
+        self._weight_of_sample: float | None = None
+        self._of = 0
         self._expected: list[float] = []
-        self._totals: list[float] = []
+        self._weights: list[Weight] = []
 
     def begin_epoch(self, held: Sequence[nn.Parameter]) -> None:
         """Nothing differs from epoch to epoch."""
 
     def release(self) -> None:
-        """Nothing is kept."""
+        """Leaves no gradient behind, and the module as torch made it."""
+        self._gradients.release()
 
     def begin_batch(self, share: Share) -> None:
-        """Samples are not needed: weights are told."""
+        """Notes how many samples the batch has in all processes."""
+        self._of = share.of
+
+    def parts(self, size: int) -> int:
+        """In how many parts of at most that many samples the processes take the present batch: all in as many."""
+        largest = -(-self._of // self._world)
+        return max(1, -(-largest // size))
 
     def open(self) -> None:
         """Begins a window, with the present batch."""
-        self._expected, self._totals = [], []
+        self._weights = [0.0] * self._window.outputs
+        self._expected = []
 
     def end_batch(self) -> None:
-        """Samples are not needed: weights are told."""
+        """Nothing is counted."""
 
-    def run(self, compute: Any, batch: Any, index: int, *, is_last: bool) -> Any:
-        """Forward and loss."""
+    def run(self, compute: Callable[..., Any], batch: Any, index: int, *, is_last: bool) -> Any:
+        """Forward and loss, of which the backward pass scatters the gradients if it is the window's last.
+
+        Args:
+            compute: what to call on batch and index.
+            batch: this process's part of a batch, or a part of that, or a sample that does not count.
+            index: of the batch.
+            is_last: whether it is the last part of this process's part.
+        """
+        self._gradients.scatter(is_last and self._window.is_at_last_batch)
         return compute(batch, index)
 
     def backward(self, outcome: Outcome, scaler: Any, held: Sequence[nn.Parameter]) -> None:
         """The backward pass of what `run` gave."""
-        self._backward(outcome, [float(part.weight) for part in outcome.parts])
+        self._backward(outcome, [_summable(part.weight) for part in outcome.parts])
 
     def pass_nothing(self, outcome: Outcome) -> None:
         """The backward pass of a sample that does not count."""
-        self._backward(outcome, [0.0] * len(outcome.parts))
+        self._backward(outcome, [_summable(part.weight) * 0 for part in outcome.parts], counts=False)
 
-    def _backward(self, outcome: Outcome, weights: list[float]) -> None:
-        totals = summed(weights)
+    def _backward(self, outcome: Outcome, weights: list[Weight], *, counts: bool = True) -> None:
+        window = self._window
+        totals = self._told(weights) if window.has_several else weights
         if not self._expected:
-            self._expected = [self._window.size * (total or 1.0) for total in totals]
-            self._totals = [0.0] * len(totals)
-        self._totals = [before + total for before, total in zip(self._totals, totals, strict=True)]
+            self._expected = [self._expected_of_one(weights[0])]
+        self._weights = [before + total for before, total in zip(self._weights, totals, strict=True)]
         # The processes have to go through the same parameters: all that any of them has something for.
         ends: dict[int, tuple[Tensor, Tensor]] = {}
         for index, (part, weight) in enumerate(zip(outcome.parts, weights, strict=True)):
-            if weight:
-                share = self._window.shares[index] * self._world
-                seed = share if self._window.adds_up[index] else share * weight / self._expected[index]
-                ends[id(part.value)] = part.value, torch.full_like(part.value, seed)
-            elif totals[index] or not any(totals):
+            if counts and (isinstance(weight, Tensor) or weight):
+                share = window.shares[index] * self._world
+                ratio = share if window.adds_up[index] else share * weight / self._expected[index]
+                ends[id(part.value)] = part.value, window.seed(ratio, part.value)
+            elif not window.has_several or totals[index] or not any(totals):
                 # From the outputs: a mean over no targets gives NaN, whatever it is multiplied with.
                 reached = _reached(part.value, [each for each in tensors(outcome.outputs) if each.requires_grad])
                 ends.update({id(end): (end, torch.zeros_like(end)) for end in reached or [part.value]})
         torch.autograd.backward([end for end, _ in ends.values()], [seed for _, seed in ends.values()])
+
+    def _expected_of_one(self, weight: Weight) -> float:
+        """What a window of the one output is expected to weigh, the same in all processes."""
+        if self._weight_of_sample is None:
+            total = 0.0 if isinstance(weight, Tensor) else summed([weight])[0]
+            self._weight_of_sample = total / self._of or 1.0
+        return self._window.size * self._of * self._weight_of_sample
+
+    def _told(self, weights: list[Weight]) -> list[Weight]:
+        """What a batch weighs in all processes: not all outputs may have targets in it."""
+        totals = summed([float(weight) for weight in weights])
+        self._expected = self._expected or [self._window.size * (total or 1.0) for total in totals]
+        return [*totals]
 
     def close(self, held: Sequence[nn.Parameter]) -> None:
         """Leaves in the parameters the gradient of the window, each process its part.
@@ -155,20 +207,82 @@ class Sharding:
         Raises:
             ValueError: outputs of which a window holds different parts than it was expected to.
         """
-        self._window.holds_something = any(self._totals)
-        if not self._window.holds_something:
+        window = self._window
+        self._gradients.settle(self._world)
+        weights = self._weights if window.has_several else [summed_weight(self._weights[0])]
+        window.holds_something = any(isinstance(weight, Tensor) or weight > 0 for weight in weights)
+        if not window.holds_something:
             return
         factors = [
-            1.0 if adds_up else expected / (total or expected)
-            for adds_up, expected, total in zip(self._window.adds_up, self._expected, self._totals, strict=True)
+            1.0 if adds_up else correction(expected, weight)
+            for adds_up, expected, weight in zip(window.adds_up, self._expected, weights, strict=True)
+            if isinstance(weight, Tensor) or weight
         ]
-        if max(factors) - min(factors) > ALIKE:
+        if len(factors) > 1 and max(factors) - min(factors) > ALIKE:
             raise ValueError(
                 'Expected outputs whose sizes grow alike from batch to batch under strategy="fsdp", received windows '
-                f"that hold {self._totals} where {self._expected} was expected. Accumulate no gradients, or use "
+                f"that hold {weights} where {self._expected} was expected. Accumulate no gradients, or use "
                 'strategy="ddp".'
             )
         multiply([parameter.grad for parameter in held], factors[0])
+
+
+@final
+class WholeGradients:
+    """The gradients of whole parameters, which torch keeps from one backward pass to the next until one scatters them.
+
+    They stand in the parameters that a module has while they are put together, which are not those that it has
+    otherwise.
+
+    Args:
+        module: the sharded one.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parts: list[Any] = [part for part in module.modules() if part in _sharded_here]
+        self._scatters = True
+        # What this process keeps of a parameter, and the whole one.
+        self._parameters: dict[int, tuple[Tensor, Tensor]] = {}
+        self._hooks = {
+            part: part.register_forward_pre_hook(partial(self._note, dict(part.named_parameters())))
+            for part in self._parts
+        }
+
+    def _note(self, kept: dict[str, Tensor], part: nn.Module, _: Any) -> None:
+        """Notes the whole parameters of a part that is called for the first time."""
+        self._hooks.pop(part).remove()
+        for name, whole in part.named_parameters():
+            if is_shard(kept[name]) and not is_shard(whole):
+                self._parameters[id(whole)] = kept[name], whole
+
+    def scatter(self, scatters: bool) -> None:
+        """Says whether the next backward pass scatters the gradients, with those that are there already."""
+        if scatters != self._scatters:
+            self._scatters = scatters
+            for part in self._parts:
+                part.set_requires_gradient_sync(scatters, recurse=False)
+
+    def settle(self, world: int) -> None:
+        """Scatters what is there of a window that ended before its last batch, as a mean over so many processes."""
+        if not self._scatters:
+            for kept, whole in self._parameters.values():
+                if whole.grad is not None:
+                    scattered = scattered_like(whole.grad, kept) / world
+                    kept.grad = scattered if kept.grad is None else kept.grad + scattered
+                    whole.grad = None
+
+    def release(self) -> None:
+        """Lets all gradients go, and leaves the module as it was."""
+        for hook in self._hooks.values():
+            hook.remove()
+        for _, whole in self._parameters.values():
+            whole.grad = None
+        self.scatter(True)
+
+
+def _summable(weight: Weight) -> Weight:
+    """A weight whose sums do not overflow, nor round."""
+    return weight.to(sum_dtype(weight.device)) if isinstance(weight, Tensor) else weight
 
 
 def _reached(value: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:

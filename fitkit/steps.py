@@ -66,7 +66,7 @@ class TrainStep:
         self._window = Window(losses, world)
         self.together: Synchronisation | Sharding | None = None
         if processes is not None and processes.is_sharded:
-            self.together = Sharding(processes, self._window)
+            self.together = Sharding(processes, compiled.module, self._window)
         elif processes is not None:
             self.together = Synchronisation(processes, compiled.module, self._window, compiled.device)
         self.processes = processes
@@ -151,11 +151,11 @@ class TrainStep:
         self.end_batch()
 
     def stand_in(self, batch: Any, index: int) -> None:
-        """Takes part in a batch of which this process has no sample, by one that does not count."""
+        """Takes part in a batch, or its last part, of which this process has no sample, by one that does not count."""
         assert isinstance(self.together, Sharding)  # otherwise there is no such batch
         if self._window.is_complete:
             self._open_window(index, 1)
-        self.together.pass_nothing(self._compute(batch, index))
+        self.together.pass_nothing(self.together.run(self._compute, batch, index, is_last=True))
         self._latest = batch
         self.index = index
         self.end_batch()

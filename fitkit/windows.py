@@ -174,7 +174,7 @@ class Window:
                 "(value, weight)."
             )
         total = weighted_sum(parts, self.shares)
-        return total, None if total is None else self._seed(self._ratios[0], total)
+        return total, None if total is None else self.seed(self._ratios[0], total)
 
     def _ratio(self, index: int, weight: Weight, most: float) -> Weight:
         """The micro-batch's weight over the window's expected one."""
@@ -191,7 +191,7 @@ class Window:
         # What adds up is averaged over processes afterwards, as everything is.
         return float(self._processes or 1) if self.adds_up[index] else weight / self._expected[index]
 
-    def _seed(self, ratio: Weight, loss: Tensor) -> Tensor:
+    def seed(self, ratio: Weight, loss: Tensor) -> Tensor:
         """The ratio as a tensor to call backward with; those of the usual batches are kept."""
         if isinstance(ratio, Tensor):
             return ratio.to(loss.dtype)
@@ -214,7 +214,7 @@ class Window:
                 parameter.grad = gradient
             loss = part.value if self.shares[index] == 1.0 else part.value * self.shares[index]
             scaled = loss if scaler is None else scaler.scale(loss)
-            scaled.backward(self._seed(ratio, loss), retain_graph=index < last)
+            scaled.backward(self.seed(ratio, loss), retain_graph=index < last)
             self._gradients[index] = [parameter.grad for parameter in parameters]
 
     def close(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -224,30 +224,31 @@ class Window:
         if self._outputs_differ:
             self._join(parameters)
         elif not self.adds_up[0]:
-            factor = self._correction(0)
+            factor = correction(self._expected[0], self._actual[0])
             if isinstance(factor, Tensor) or factor != 1.0:
                 multiply([parameter.grad for parameter in parameters], factor)
 
     def _join(self, parameters: Sequence[nn.Parameter]) -> None:
         for index, gradients in enumerate(self._gradients):
-            multiply(gradients, 1.0 if self.adds_up[index] else self._correction(index))
+            factor = 1.0 if self.adds_up[index] else correction(self._expected[index], self._actual[index])
+            multiply(gradients, factor)
         for position, parameter in enumerate(parameters):
             found = [gradients[position] for gradients in self._gradients]
             present = [gradient for gradient in found if gradient is not None]
             parameter.grad = None if not present else sum(present[1:], start=present[0])
-
-    def _correction(self, index: int) -> Weight:
-        """What the window was expected to hold over what it holds."""
-        actual, expected = self._actual[index], self._expected[index]
-        if isinstance(actual, Tensor):
-            return torch.where(actual > 0, expected / actual, torch.zeros_like(actual))
-        return expected / actual if actual else 0.0
 
 
 def _on(device: torch.device, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     return [_on(device, item) for item in value] if isinstance(value, list) else value
+
+
+def correction(expected: float, actual: Weight) -> Weight:
+    """What a window was expected to hold over what it holds; 0 where that is nothing."""
+    if isinstance(actual, Tensor):
+        return torch.where(actual > 0, expected / actual, torch.zeros_like(actual))
+    return expected / actual if actual else 0.0
 
 
 def multiply(gradients: Sequence[Tensor | None], factor: Weight) -> None:

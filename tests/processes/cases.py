@@ -497,6 +497,11 @@ def a_stop_of_the_last_process() -> Any:
 
 
 @case
+def a_stop_within_a_window() -> Any:
+    return trained(compiled(), *classes(), callbacks=[StopAt(2)], accumulate_grad_batches=4, batch_size=8)
+
+
+@case
 def evaluating() -> Any:
     model = compiled(metrics=["accuracy", "auroc"])
     x, y = classes(50, ignored=3)
@@ -526,6 +531,19 @@ def evaluating_in_a_callback() -> Any:
             found.append(self.model.predict(x, verbose=0).tolist())  # type: ignore[attr-defined]
 
     return {**trained(compiled(), *classes(), callbacks=[Looking()]), "found": found}
+
+
+@case
+def evaluating_within_a_window() -> Any:
+    found: list[Any] = []
+    x, y = classes(20)
+
+    class Looking(Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            found.append(self.model.evaluate(x, y, verbose=0))  # type: ignore[attr-defined]
+
+    made = trained(compiled(), *classes(), callbacks=[Looking()], accumulate_grad_batches=3, batch_size=8)
+    return {**made, "found": found}
 
 
 @case

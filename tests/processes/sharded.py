@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import RANK, STRATEGY, SaveAt, classes, compiled, network, result
+from cases import RANK, STRATEGY, SaveAt, classes, compiled, network, result, several
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,7 +76,7 @@ def refusals(folder: Path) -> Any:
         yield lambda: sharded.compile(early, "cross_entropy")
         yield lambda: compiled(precision="64-true")
         yield lambda: compiled(jit_compile=True)
-        yield lambda: compiled().fit(x, y, micro_batch_size=2, **fit)
+        yield lambda: compiled().fit(x, y, micro_batch_size="auto", **fit)
         yield lambda: compiled().fit(x, y, callbacks=[SwapEMAWeights()], **fit)
         yield lambda: compiled().train_on_batch(x, y)
 
@@ -118,6 +118,32 @@ def reductions(folder: Path) -> Any:
         model = compiled()
         model.optimizer.register_step_post_hook(lambda *_: counts.update(steps=counts["steps"] + 1))
         model.fit(*classes(64), epochs=2, batch_size=8, verbose=0, **arguments)
+        found[name] = dict(counts)
+    return found
+
+
+def scatters(folder: Path) -> Any:
+    """How often gradients are scattered in the optimizer steps of a run, with batches accumulated and in parts."""
+    counts = {"scatters": 0, "steps": 0}
+    name_of_torchs = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    scatter = getattr(dist, name_of_torchs)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counts["scatters"] += 1
+        return scatter(*args, **kwargs)
+
+    setattr(dist, name_of_torchs, counted)
+    found = {}
+    accumulating = {"accumulate_grad_batches": 4, "micro_batch_size": 3}
+    x, y = classes(64)
+    for name, model, target, arguments in (
+        ("plain", compiled(), y, {}),
+        ("accumulating", compiled(), y, accumulating),
+        ("outputs", several("cross_entropy"), {"kind": y, "place": x[:, :2]}, accumulating),
+    ):
+        counts.update(scatters=0, steps=0)
+        model.optimizer.register_step_post_hook(lambda *_: counts.update(steps=counts["steps"] + 1))
+        model.fit(x, target, epochs=2, batch_size=8, verbose=0, **arguments)
         found[name] = dict(counts)
     return found
 

@@ -33,10 +33,10 @@ CASES, differences = SAME.CASES, SAME.differences
 needs_sharding = pytest.mark.skipif(
     not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"), reason="this torch cannot shard on the CPU"
 )
-# What is refused, each with a message (see `refusals`): parts of batches, other precisions, averages of weights, and
-# windows in which several outputs grow differently.
+# What is refused, each with a message (see `refusals`): parts that fit into memory, other precisions, averages of
+# weights, and windows in which several outputs grow differently.
 REFUSED = {
-    *("micro_batches", "micro_batches_that_fit", "scaled_losses", "double_precision", "an_average_of_weights"),
+    *("micro_batches_that_fit", "scaled_losses", "double_precision", "an_average_of_weights"),
     *("single_batches", "several_outputs"),
 }
 SHARDED = [name for name in CASES if name not in REFUSED]
@@ -49,8 +49,8 @@ FIRST = [
         "clipping_and_norms",
         "a_window_without_targets",
     ),
-    *("a_window_without_targets", "bfloat16", "predicting", "saved_in_mid_epoch"),
-    *("heads_of_which_a_process_has_no_target", "a_single_layer"),
+    *("bfloat16", "predicting", "saved_in_mid_epoch", "heads_of_which_a_process_has_no_target", "a_single_layer"),
+    *("micro_batches", "a_stop_within_a_window", "evaluating_within_a_window"),
 ]
 
 
@@ -210,6 +210,18 @@ def test_a_save_in_the_midst_of_a_window_is_refused(launch: Any, tmp_path: Path)
 def test_one_process_that_no_launcher_has_started_is_refused(strategy: str) -> None:
     with pytest.raises(ValueError, match=rf'strategy="{strategy}" needs several processes'):
         fitkit.Model(torch.nn.Linear(1, 1), strategy=strategy)
+
+
+@pytest.mark.long
+@needs_sharding
+def test_gradients_are_scattered_once_in_each_optimizer_step(launch: Any, tmp_path: Path) -> None:
+    ended = launch("sharded.py", "scatters", tmp_path, processes=2, strategy="fsdp")
+    assert ended.code == 0, ended.output
+    assert found(tmp_path, "scatters") == {
+        "plain": {"scatters": 2 * 16, "steps": 16},  # a layer at a time
+        "accumulating": {"scatters": 2 * 4, "steps": 4},
+        "outputs": {"scatters": 2 * 4, "steps": 4},
+    }
 
 
 @pytest.mark.long
