@@ -26,7 +26,7 @@ def test_an_error_in_one_process_ends_all_promptly_with_its_message(launch: Any,
 def test_the_others_say_whose_error_it_was(launch: Any, tmp_path: Path) -> None:
     ended = launch("endings.py", "an_error_that_is_caught", tmp_path, 1, processes=2, seconds=60)
     assert "[1] caught ValueError: a bad sample" in ended.output
-    assert re.search(r"\[0\] caught RuntimeError: .*process 1 of 2 failed: ValueError: a bad sample", ended.output)
+    assert re.search(r"(?s)\[0\] caught RuntimeError: .*process 1 of 2 failed: ValueError: a bad sample", ended.output)
     assert ended.output.count("prompt") == ended.output.count("no group is left") == 2
 
 
