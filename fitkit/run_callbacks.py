@@ -63,10 +63,10 @@ def check_monitors(callbacks: Sequence[Callback], known: Collection[str], *, own
 def _check_kept_weights(callbacks: Sequence[Callback]) -> None:
     """Refuses to keep the weights that are trained for the numbers of their average, which is what was validated."""
     averaging = [each for each in (*callbacks, *_called(callbacks)) if isinstance(each, SwapEMAWeights)]
-    for index, callback in enumerate(callbacks):
+    for index, callback in enumerate(callbacks if averaging else ()):
         before = [each for each in callbacks[:index] if isinstance(each, SwapEMAWeights)]
         keeping = _keeping_for_validation(callback)
-        if averaging and keeping and not any(each.swap_on_epoch for each in before):
+        if keeping and not any(each.swap_on_epoch for each in before):
             raise ValueError(
                 f"{keeping} weights that were never validated: the validation is that of the average which "
                 "SwapEMAWeights keeps. Let it have that: callbacks=[SwapEMAWeights(swap_on_epoch=True), "

@@ -53,40 +53,55 @@ class HookTable:
     __slots__ = (*HOOKS, "_owners", "listeners")
 
     def __init__(self, callbacks: Iterable[object]) -> None:
-        called = self.listeners = list(callbacks)
-        self._owners: dict[str, list[object]] = {}
-        last = sorted(called, key=lambda each: getattr(each, "is_last_after_batches", False))
-        self.on_train_begin = _implementations(called, "on_train_begin")
-        self.on_train_end = _implementations(called, "on_train_end")
-        self.on_epoch_begin = _implementations(called, "on_epoch_begin")
-        self.on_epoch_end = _implementations(called, "on_epoch_end")
-        self.on_train_batch_begin = _implementations(called, "on_train_batch_begin")
-        self.on_train_batch_end = _implementations(last, "on_train_batch_end")
-        self.on_test_begin = _implementations(called, "on_test_begin")
-        self.on_test_end = _implementations(called, "on_test_end")
-        self.on_test_batch_begin = _implementations(called, "on_test_batch_begin")
-        self.on_test_batch_end = _implementations(last, "on_test_batch_end")
-        self.on_predict_begin = _implementations(called, "on_predict_begin")
-        self.on_predict_end = _implementations(called, "on_predict_end")
-        self.on_predict_batch_begin = _implementations(called, "on_predict_batch_begin")
-        self.on_predict_batch_end = _implementations(called, "on_predict_batch_end")
-        self.on_exception = _implementations(called, "on_exception")
+        self.listeners = list(callbacks)
+        self._owners: dict[str, list[object]] = {name: [] for name in HOOKS}
+        for callback in self.listeners:
+            for name in implemented_hooks(callback):
+                self._owners[name].append(callback)
+        for name in ("on_train_batch_end", "on_test_batch_end"):
+            self._owners[name].sort(key=lambda each: getattr(each, "is_last_after_batches", False))
+        self.on_train_begin = self._bound("on_train_begin")
+        self.on_train_end = self._bound("on_train_end")
+        self.on_epoch_begin = self._bound("on_epoch_begin")
+        self.on_epoch_end = self._bound("on_epoch_end")
+        self.on_train_batch_begin = self._bound("on_train_batch_begin")
+        self.on_train_batch_end = self._bound("on_train_batch_end")
+        self.on_test_begin = self._bound("on_test_begin")
+        self.on_test_end = self._bound("on_test_end")
+        self.on_test_batch_begin = self._bound("on_test_batch_begin")
+        self.on_test_batch_end = self._bound("on_test_batch_end")
+        self.on_predict_begin = self._bound("on_predict_begin")
+        self.on_predict_end = self._bound("on_predict_end")
+        self.on_predict_batch_begin = self._bound("on_predict_batch_begin")
+        self.on_predict_batch_end = self._bound("on_predict_batch_end")
+        self.on_exception = self._bound("on_exception")
+
+    def _bound(self, name: str) -> list[Hook]:
+        return [getattr(callback, name) for callback in self._owners[name]]
 
     def owners(self, name: str) -> list[object]:
         """Whose hooks of that name are listed, in the same order."""
-        if name not in self._owners:
-            self._owners[name] = [callback for callback in self.listeners if _implementations([callback], name)]
         return self._owners[name]
 
 
 def implemented_hooks(callback: object) -> list[str]:
     """The names of the hooks that the callback implements; functions set on the instance count too."""
-    return [name for name in HOOKS if _implementations([callback], name)]
+    own = _own_names(callback)
+    return [name for name in HOOKS if name in own and _implements(callback, name)]
 
 
-def _implementations(callbacks: Iterable[object], name: str) -> list[Hook]:
-    found = (getattr(callback, name, None) for callback in callbacks)
-    return [hook for hook in found if hook is not None and getattr(hook, "__func__", None) is not vars(Callback)[name]]
+def _own_names(callback: object) -> set[str]:
+    """What a callback has beside what every callback has: its own attributes, and those of its classes."""
+    names = set(getattr(callback, "__dict__", ()))
+    for owner in type(callback).__mro__:
+        if owner is not Callback and owner is not object:
+            names.update(vars(owner))
+    return names
+
+
+def _implements(callback: object, name: str) -> bool:
+    hook = getattr(callback, name)
+    return hook is not None and getattr(hook, "__func__", None) is not vars(Callback)[name]
 
 
 def finish(hooks: Sequence[Hook], *arguments: object, cause: BaseException | None = None) -> None:
@@ -177,9 +192,7 @@ def _in_our_words(name: str) -> str:
 
 def _check_names(callback: Callback) -> None:
     """Refuses a misspelt hook, which would otherwise never be called."""
-    for name in dir(callback):
-        if not name.startswith("on_") or name in HOOKS:
-            continue
+    for name in sorted(name for name in _own_names(callback) if name.startswith("on_") and name not in HOOKS):
         # Read statically: a property must not run before the callback knows its model.
         attribute = inspect.getattr_static(callback, name)
         if callable(attribute) or isinstance(attribute, (classmethod, staticmethod)):
