@@ -63,6 +63,7 @@ def shard(module: nn.Module, processes: Processes, device: torch.device) -> None
     with running_as(processes):
         share_tensors([*module.parameters(), *module.buffers()])
     if isinstance(module, kind):
+        _check_all_sharded(module)
         return
     mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (processes.world,))
     blocks = _blocks(module, kind)
@@ -75,6 +76,17 @@ def shard(module: nn.Module, processes: Processes, device: torch.device) -> None
         for part in module.modules():
             if isinstance(part, kind):
                 part.set_force_sum_reduction_for_comms(True)
+
+
+def _check_all_sharded(module: nn.Module) -> None:
+    """Refuses a module of the user's sharding of which a part is whole in each process: nothing would keep it equal."""
+    left = [name for name, each in module.named_parameters() if each.requires_grad and not is_shard(each)]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise ValueError(
+            f'strategy="fsdp" needs every trainable parameter sharded, received a module whose fully_shard left out '
+            f"{left[0]!r}{more}. Freeze them, or leave out ignored_params."
+        )
 
 
 def _of_torch() -> tuple[Any, Any]:

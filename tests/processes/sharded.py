@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cases import RANK, STRATEGY, SaveAt, classes, compiled, network, result, several
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fitkit
@@ -64,6 +66,13 @@ def back_up(folder: Path) -> Any:
     return result(model, best=sorted(path.name for path in (folder / "best").iterdir()))
 
 
+def partly_sharded() -> nn.Module:
+    """A module of which the user has left a parameter whole."""
+    module = network()
+    fully_shard(module, ignored_params={module[0].bias})
+    return module
+
+
 def refusals(folder: Path) -> Any:
     """What is refused before the first batch."""
     x, y = classes()
@@ -79,6 +88,7 @@ def refusals(folder: Path) -> Any:
         yield lambda: compiled().fit(x, y, micro_batch_size="auto", **fit)
         yield lambda: compiled().fit(x, y, callbacks=[SwapEMAWeights()], **fit)
         yield lambda: compiled().train_on_batch(x, y)
+        yield lambda: fitkit.Model(partly_sharded(), device="cpu", strategy=STRATEGY)
 
     messages = []
     for attempt in attempts():

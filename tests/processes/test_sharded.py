@@ -194,7 +194,7 @@ def test_what_a_sharded_module_cannot_have_is_refused_early(launch: Any, tmp_pat
     ended = launch("sharded.py", "refusals", tmp_path, processes=2, strategy="fsdp")
     assert ended.code == 0, ended.output
     messages = found(tmp_path, "refusals")
-    assert len(messages) == 6
+    assert len(messages) == 7
     assert all('strategy="fsdp"' in message for message in messages)
 
 
