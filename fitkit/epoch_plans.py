@@ -18,7 +18,9 @@ def plan_for_pass(batches: Batches, steps: int | None, device: torch.device, pro
     """What one evaluation or prediction takes."""
     if steps is not None:
         check_integer("steps", steps, least=1)
-    return EpochPlan(_shared(batches, processes, device), steps, "data", "steps")
+    plan = EpochPlan(_shared(batches, processes, device), steps, "data", "steps")
+    plan.noted = False  # no file goes on in its midst
+    return plan
 
 
 def plan_for_training(
