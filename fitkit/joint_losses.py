@@ -7,6 +7,7 @@ waited; afterwards all goes on waiting, so that who looks, and when, moves no su
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, final
@@ -52,7 +53,7 @@ class JointLosses:
         self._loss = compiled.losses.losses[0]
         self._transfer = transfer_of(compiled)
         self._forward = autocasting(compiled.forward, compiled.precision, compiled.device)
-        self._judge_together = autocasting(self._judge, compiled.precision, compiled.device)
+        self._judge = autocasting(self._outcome, compiled.precision, compiled.device)
         self.begin_epoch()
 
     @staticmethod
@@ -62,7 +63,8 @@ class JointLosses:
         if losses is None or losses.keys is not None or not numbers.metrics.are_by_name:
             return False
         loss = losses.losses[0]
-        return loss is not None and loss.is_plain and not torch.are_deterministic_algorithms_enabled()
+        is_mean = loss is not None and loss.is_plain and loss.is_mean_over_data
+        return is_mean and not torch.are_deterministic_algorithms_enabled()
 
     def begin_epoch(self) -> None:
         """Forgets what waits."""
@@ -88,26 +90,44 @@ class JointLosses:
             self._waiting.append(Waiting(output.clone(), target, index))
             return True
         self.settle()
-        self._judge_together(output, y, index, batch)
-        size = sum(tensor.nbytes for tensor in batches_of.tensors(batch))
-        self._most = min(MOST_BATCHES, MOST_ELEMENTS // (output.numel() + y.numel()), MOST_BYTES // size)
+        outcome = self._judge(output, y)
+        self._numbers.add(outcome, index, batch)
+        self._most = self._room(outcome, y, batch)
         self._like = (output.shape, y.shape, y.dtype) if self._most > 1 else None
         return True
 
+    @staticmethod
+    def _room(outcome: Outcome, y: Tensor, batch: Any) -> int:
+        """How many batches like this one may wait."""
+        if outcome.parts[0].value.dtype not in (torch.float32, torch.float64):
+            return 0  # in half precision the loss of many would be rounded as one, and a sum may overflow
+        elements = outcome.outputs[0].numel() + y.numel()
+        size: int = sum(tensor.nbytes for tensor in batches_of.tensors(batch))
+        return min(MOST_BATCHES, MOST_ELEMENTS // max(1, int(elements)), MOST_BYTES // max(1, size))
+
     def settle(self) -> None:
-        """Takes what waits to loss and metrics."""
+        """Takes what waits to loss and metrics: as one, or one by one where one of them is at fault."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
         outputs, targets, indices = zip(*waiting, strict=True)
+        outcome = self._as_one(outputs, targets)
+        if outcome is not None:
+            self._numbers.add(outcome, indices[0])
+            return
+        for output, target, index in waiting:
+            self.failed_at = index
+            self._numbers.add(self._judge(output, target), index)
+        self.failed_at = None
+
+    def _as_one(self, outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Outcome | None:
+        """None where the loss refuses a batch, or on the CPU is not finite; an accelerator is not asked."""
         try:
-            self._judge_together(torch.cat(outputs), torch.cat(targets), indices[0])
+            outcome = self._judge(torch.cat(outputs), torch.cat(targets))
         except Exception:
-            for output, target, index in waiting:
-                self.failed_at = index
-                self._judge_together(output, target, index)
-            self.failed_at = None
-            raise
+            return None
+        loss = outcome.parts[0].value
+        return outcome if not loss.is_cpu or math.isfinite(float(loss.numpy())) else None
 
     def names(self) -> list[str]:
         """The keys that batch logs have now."""
@@ -132,18 +152,17 @@ class JointLosses:
         waiting, before = list(self._waiting), self._numbers.state_dict()
         try:
             with torch.no_grad():
-                *others, (output, target, batch) = waiting
+                *others, (output, target, index) = waiting
                 self._waiting = others
                 self.settle()
-                self._judge_together(output, target, batch)
+                self._numbers.add(self._judge(output, target), index)
             yield
         finally:
             self._numbers.load_state_dict(before)
             self._waiting = waiting
 
-    def _judge(self, output: Any, y: Tensor, index: int, batch: Any = None) -> None:
+    def _outcome(self, output: Any, y: Tensor) -> Outcome:
         loss = self._loss
         assert loss is not None  # it serves
         target = loss.fit_target(output, y)
-        part = loss(output, target, len(y))
-        self._numbers.add(Outcome([part], [output], [target], None, {}, len(y)), index, batch)
+        return Outcome([loss(output, target, len(y))], [output], [target], None, {}, len(y))

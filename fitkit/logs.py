@@ -115,9 +115,10 @@ class Mean:
         """Keeps, on the device, the index of the first batch whose value is not finite (-1: none)."""
         bad = ~values.isfinite()
         first = bad.to(torch.uint8).argmax()
-        if self._indices[-1] - self._indices[0] == len(self._indices) - 1:
-            index = first + self._indices[0]
-        else:  # several parts of one batch
+        start = self._indices[0]
+        if self._indices == list(range(start, start + len(self._indices))):
+            index = first + start
+        else:  # several parts of one batch, or batches of which this process has no sample
             indices = torch.tensor(self._indices).to(self._device, non_blocking=True)
             index = indices.index_select(0, first.reshape(1)).reshape(())
         index = torch.where(bad.any(), index, -1)
@@ -309,7 +310,8 @@ class BatchLogs(Mapping[str, float]):
     def first_nonfinite(self) -> int | None:
         """The index of the epoch's first batch whose loss was NaN or infinite, None when all were finite.
 
-        A batch without any target has no loss, and none that is not finite. Asking reads the device once.
+        A batch without any target has no loss, and none that is not finite. Asking reads the device once. An evaluation
+        on an accelerator, which judges up to 64 batches at once, says the first of these.
         """
         index = int(self._numbers.first_bad())
         return None if index < 0 else index

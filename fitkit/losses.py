@@ -99,12 +99,26 @@ class Loss:
         return f"{type(self.module).__name__}({', '.join(shown)})"
 
     @property
+    def is_torchs(self) -> bool:
+        """Whether it is one of torch's, and nobody listens to its calls: each value is a new tensor, and torch's."""
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return self.built_in is not None and not any(getattr(self.module, name) for name in hooks)
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is one of torch's, nobody listens to its calls, and nobody may give it other class weights."""
-        if self.built_in is None or (self._is_users and any(True for _ in self.module.buffers())):  # type: ignore[union-attr]
+        return self.is_torchs and not (self._is_users and any(True for _ in self.module.buffers()))  # type: ignore[union-attr]
+
+    @property
+    def is_mean_over_data(self) -> bool:
+        """Whether it cannot depend on how the data is cut into batches: it is torch's own, and weighs no places.
+
+        The weight of torch's binary cross entropies has the shape of a batch.
+        """
+        if self.built_in is None:
             return False
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return not any(getattr(self.module, name) for name in hooks)
+        weighs_places = self.built_in.function in (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+        return not weighs_places or getattr(self.module, "weight", None) is None
 
     @property
     def weight_depends_on_targets(self) -> bool:
@@ -209,6 +223,11 @@ class Loss:
                 return target  # the usual case
             return fit_classes(output, target, self.built_in.function.__name__)
         if self.built_in.function is F.multilabel_margin_loss:
+            if output.dim() != 2 or output.shape != target.shape:  # torch takes one dimension for a single sample
+                raise ValueError(
+                    "Expected output and target of shape (N, C) for multilabel_margin_loss, received output of shape "
+                    f"{tuple(output.shape)} and target of shape {tuple(target.shape)}."
+                )
             return target
         return fit_elements(output, target, self.built_in.function.__name__)
 
@@ -247,7 +266,7 @@ def fit_elements(output: Tensor, target: Tensor, name: str) -> Tensor:
         ValueError: the shapes differ, also where torch would broadcast them.
     """
     if output.shape != target.shape:
-        column = (len(output), 1)
+        column = (output.numel(), 1)
         if {tuple(output.shape), tuple(target.shape)} != {column, column[:1]}:
             raise ValueError(
                 f"Expected output and target of the same shape for {name}, received output of shape "
@@ -255,7 +274,7 @@ def fit_elements(output: Tensor, target: Tensor, name: str) -> Tensor:
                 "one of them."
             )
         target = target.reshape(output.shape)
-    return target if target.is_floating_point() else target.to(output.dtype)
+    return target if target.is_floating_point() else target.to(_loss_dtype(output))
 
 
 def fit_classes(output: Tensor, target: Tensor, name: str) -> Tensor:
@@ -265,7 +284,8 @@ def fit_classes(output: Tensor, target: Tensor, name: str) -> Tensor:
         ValueError: the shapes or the dtype fit neither.
     """
     if target.shape == output.shape and output.dim() > 1:
-        return target if target.dtype == output.dtype else target.to(output.dtype)
+        dtype = _loss_dtype(output)
+        return target if target.dtype == dtype else target.to(dtype)
     if not target.is_floating_point():
         if target.dim() == output.dim() > 1 and target.shape[1] == 1:
             target = target.squeeze(1)
@@ -276,6 +296,15 @@ def fit_classes(output: Tensor, target: Tensor, name: str) -> Tensor:
         f"(N, C, ...), for {name}; received output of shape {tuple(output.shape)} and target of shape "
         f"{tuple(target.shape)} and {target.dtype}.{classes_last(output, target) or _class_advice(output, target)}"
     )
+
+
+def _loss_dtype(output: Tensor) -> torch.dtype:
+    """The type in which the loss of an output is computed: autocast takes every loss to float32, and back nothing.
+
+    In the output's own half precision a target of 257 would be one of 256.
+    """
+    is_half = output.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if is_half and torch.is_autocast_enabled(output.device.type) else output.dtype
 
 
 def _class_advice(output: Tensor, target: Tensor) -> str:

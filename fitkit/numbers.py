@@ -70,7 +70,7 @@ class Numbers:
         several = None if losses is None or losses.names is None or user_step is not None else losses
         single = None if losses is None or user_step is not None else losses.losses[0]
         adds_up = single is not None and single.adds_up
-        makes_losses = user_step is None and losses is not None and losses.are_means_over_data
+        makes_losses = user_step is None and losses is not None and losses.are_torchs
         owns_targets = owns_batches and user_step is None
         metrics = compiled.metrics.start(meanings, compiled.device, owns_targets=owns_targets)
         return cls(compiled, several, adds_up, makes_losses, owns_targets, Tally(compiled.device), metrics)
@@ -80,14 +80,14 @@ class Numbers:
         self._may_wait = self.makes_losses and self.several is None and self.metrics.are_by_name
         self._measures = bool(self.metrics.names)
         self._waiting: list[Waiting] = []
-        # The shape of the outputs that may wait, which tells that of the targets, and how many of them.
-        self._like: torch.Size | None = None
+        # How many batches may wait; where they are measured only those whose output and target have these shapes.
         self._most = 0
+        self._like: tuple[torch.Size, torch.Size] | None = None
 
     def reset(self) -> None:
         """Starts an epoch."""
         self._waiting.clear()
-        self._like = None
+        self._most = 0
         self.tally.reset()
         self.metrics.reset()
         self.last = None
@@ -114,7 +114,7 @@ class Numbers:
         if (self.norms is None) != (state["norms"] is None):
             raise ValueError("Expected a state with gradient norms where they are tracked, and only there.")
         self._waiting.clear()
-        self._like = None
+        self._most = 0
         self.tally.load_state_dict(state["tally"])
         self.metrics.load_state_dict(state["metrics"])
         self.last = None if state["last"] is None else state["last"].to(self.compiled.device)
@@ -130,7 +130,7 @@ class Numbers:
             batch: itself; of the first one the size is looked at.
         """
         loss, weight, _ = outcome.parts[0]
-        if self._like is not None and outcome.outputs[0].shape == self._like:
+        if self._most > 1 and (not self._measures or _shapes(outcome) == self._like):
             self.last = loss = loss.detach()
             output = target = weights = None
             if self._measures:
@@ -146,8 +146,11 @@ class Numbers:
                 self._settle()
             return
         self._settle()
-        if index == 0 and self.metrics.names:
+        if index == 0 and self._measures:
             self.metrics.expect(sum(tensor.nbytes for tensor in tensors(batch)))
+        # First what may run out of memory: micro_batch_size="auto" comes again then, with smaller parts.
+        if self._measures:
+            self._add_to_metrics(outcome)
         if self.several is None:
             self.last = loss.detach() if self.makes_losses else loss.detach().clone()
             self.tally.mean("loss", adds_up=self.adds_up).add(self.last, weight, index)
@@ -157,22 +160,20 @@ class Numbers:
             for name, value in outcome.extra.items():
                 number = value.detach().clone().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
                 self.tally.mean(name).add(number.to(self.compiled.device), outcome.weight, index)
-        if self.metrics.names:
-            self._add_to_metrics(outcome)
         if self._may_wait:
             self._most = min(WAITING, self.metrics.room)
-            self._like = outcome.outputs[0].shape if self._most > 1 else None
+            self._like = _shapes(outcome)
 
     def _settle(self) -> None:
         """Takes in what waits, in its order; sums are the same as if it had not waited."""
-        if not self._waiting:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
             return
         add, update = self.tally.mean("loss", adds_up=self.adds_up).add, self.metrics.update
-        for loss, weight, index, output, target, sample_weights in self._waiting:
+        for loss, weight, index, output, target, sample_weights in waiting:
             add(loss, weight, index)
             if output is not None:
                 update([output], [target], sample_weights, are_kept=True)
-        self._waiting.clear()
 
     def _add_several(self, losses: OutputLosses, outcome: Outcome, index: int) -> None:
         assert losses.names is not None  # they are named where there are several
@@ -256,3 +257,8 @@ class Numbers:
         indices = torch.stack([index.to(torch.int64) for index in found])
         first = torch.where(indices < 0, torch.iinfo(torch.int64).max, indices).min()
         return torch.where((indices < 0).all(), -1, first)
+
+
+def _shapes(outcome: Outcome) -> tuple[torch.Size, torch.Size]:
+    """The shapes of the one output of a loss of torch's, and of its target."""
+    return outcome.outputs[0].shape, outcome.targets[0].shape

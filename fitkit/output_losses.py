@@ -49,8 +49,13 @@ class OutputLosses:
 
     @property
     def are_means_over_data(self) -> bool:
-        """Whether the losses cannot depend on how the data is cut into batches: they are torch's own."""
-        return all(loss is None or loss.built_in is not None for loss in self.losses)
+        """Whether the losses cannot depend on how the data is cut into batches."""
+        return all(loss is None or loss.is_mean_over_data for loss in self.losses)
+
+    @property
+    def are_torchs(self) -> bool:
+        """Whether the losses are torch's own, and nobody listens to their calls."""
+        return all(loss is None or loss.is_torchs for loss in self.losses)
 
     @property
     def kinds(self) -> list[str | None]:

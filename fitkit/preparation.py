@@ -211,7 +211,9 @@ class Preparation:
         """Whether an evaluation gives the same numbers in batches of another size."""
         losses, metrics = self.compiled.losses, self.compiled.metrics
         means = losses is not None and losses.are_means_over_data and metrics.are_means_over_data
-        return means and self.own.validation is None
+        # In half precision the loss of a larger batch is rounded as a whole, and a sum may overflow.
+        is_exact = module_dtype(self.compiled.module).itemsize >= torch.float32.itemsize
+        return means and is_exact and self.own.validation is None
 
     # Steps
 

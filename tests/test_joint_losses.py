@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -182,3 +183,54 @@ def test_class_weights_that_a_callback_exchanges_count_from_the_next_batch_on() 
     parts = [(output[:split], y[:split], first), (output[split:], y[split:], second)]
     total = sum(F.cross_entropy(o, t, weight=weight, reduction="sum").item() for o, t, weight in parts)
     assert found == pytest.approx(total / sum(weight[t].sum().item() for _, t, weight in parts))
+
+
+def test_a_batch_without_samples_changes_nothing() -> None:
+    x, y = data()
+    whole = [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:12], y[8:12])]
+    model = compiled("cross_entropy", ["accuracy"])
+    expected = model.evaluate(whole, verbose=0)
+    assert model.evaluate([*whole[:2], (x[:0], y[:0]), (x[:0], y[:0]), whole[2]], verbose=0) == expected
+
+
+def test_in_half_precision_a_sum_overflows_in_no_larger_a_batch_than_the_users() -> None:
+    x, y = torch.full((2000, 1), 20.0), torch.zeros(2000, 1)
+    layer = nn.Linear(1, 1).half()
+    nn.init.ones_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    model = compiled(nn.MSELoss(reduction="sum"), module=layer)
+    assert model.evaluate(x, y, verbose=0) == model.evaluate(x, y, batch_size=4, verbose=0) == 400.0
+
+
+def test_the_first_loss_that_is_not_finite_is_that_of_its_batch_whenever_one_asks() -> None:
+    x, y = data()
+    x[30 * BATCH] = float("nan")
+    found: dict[int, int | None] = {}
+
+    class Asks(Callback):
+        def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch in (29, 30, 31, 60, 86):
+                found[batch] = logs.first_nonfinite()
+
+    compiled("cross_entropy").evaluate(x, y, batch_size=BATCH, callbacks=[Asks()], verbose=0)
+    assert found == {29: None, 30: 30, 31: 30, 60: 30, 86: 30}
+
+
+@pytest.mark.parametrize("batch_size", [None, 32])
+def test_a_loss_that_weighs_the_places_in_a_batch_is_given_no_larger_one(batch_size: int | None) -> None:
+    torch.manual_seed(0)
+    x, y, weight = torch.randn(96, 5), torch.rand(96, 1), torch.rand(32, 1)
+    module = nn.Linear(5, 1)
+    with torch.no_grad():
+        expected = F.binary_cross_entropy_with_logits(module(x), y, weight.repeat(3, 1)).item()
+    for loss in (nn.BCEWithLogitsLoss(weight), partial(F.binary_cross_entropy_with_logits, weight=weight)):
+        found = compiled(loss, module=module).evaluate(x, y, batch_size=batch_size, verbose=0)
+        assert found == pytest.approx(expected)
+
+
+def test_an_evaluation_may_be_read_within_an_inference_mode() -> None:
+    x, y = data()
+    model = compiled("cross_entropy", ["accuracy", "auroc"])
+    expected = model.evaluate(x, y, batch_size=BATCH, verbose=0)
+    with torch.inference_mode():
+        assert model.evaluate(x, y, batch_size=BATCH, callbacks=[Losses()], verbose=0) == expected

@@ -128,3 +128,11 @@ def test_the_numbers_of_a_batch_print_as_a_dict() -> None:
     see = LambdaCallback(on_train_batch_end=lambda batch, logs: printed.append((repr(logs), repr(dict(logs)))))
     model.fit(torch.ones(2, 1), torch.ones(2, 1), callbacks=see, verbose=0)
     assert printed[0][0] == printed[0][1] != "{}"
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 2], [3, 4, 5], [0, 0, 1], [0, 0, 2], [1, 5, 5]])
+def test_the_first_bad_batch_is_found_among_parts_and_skipped_batches(indices: list[int]) -> None:
+    mean = Mean(torch.device("cpu"))
+    for index, value in zip(indices, (1.0, math.nan, math.nan), strict=True):
+        mean.add(torch.tensor(value), 1.0, index)
+    assert int(mean.first_bad()) == indices[1]

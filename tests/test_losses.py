@@ -376,3 +376,28 @@ def test_a_returned_weight_has_to_be_one_number() -> None:
 def test_an_error_of_bce_that_is_not_about_its_range_is_torchs() -> None:
     with pytest.raises(RuntimeError, match=r"\b7\b"):
         judge(nn.BCELoss(weight=torch.ones(7)), torch.rand(5, 3), torch.ones(5, 3), 5)
+
+
+def test_an_output_of_no_dimension_is_refused_as_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"received output of shape \(\) and target of shape \(1,\)"):
+        judge("mse", torch.tensor(1.0), torch.tensor([1.0]), 1)  # what squeeze() makes of a last batch of one sample
+
+
+def test_a_single_sample_of_several_labels_needs_its_batch_dimension() -> None:
+    with pytest.raises(ValueError, match=r"shape \(N, C\) for multilabel_margin_loss, received output of shape \(4,\)"):
+        judge("multilabel_margin", torch.randn(4), torch.tensor([1, 2, -1, 0]), 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("mse", torch.tensor([[257]])),  # 256 in bfloat16
+        ("cross_entropy", torch.tensor([[0.1, 0.9]])),  # 0.10009765625 there
+        ("cross_entropy", torch.tensor([[0.1, 0.9]], dtype=torch.float64)),
+    ],
+)
+def test_targets_keep_their_digits_beside_outputs_of_autocast(name: str, target: Tensor) -> None:
+    output = torch.randn(target.shape).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        part = judge(name, output, target, 1)
+    assert torch.equal(part.value, judge(name, output.float(), target.float(), 1).value)

@@ -236,3 +236,49 @@ def test_class_weights_that_are_replaced_count_from_then_on() -> None:
     model.compile("sgd", loss)
     loss.weight = torch.tensor([9.0, 1.0, 1.0])
     assert model.evaluate(x, y, batch_size=7, verbose=0) == pytest.approx(loss(module(x), y).item())
+
+
+@pytest.mark.parametrize("bad", [1, 5])
+def test_a_target_that_a_metric_cannot_read_is_an_error_of_its_batch(bad: int) -> None:
+    batches = [(torch.randn(4, 3), torch.rand(4, 3).softmax(1)) for _ in range(20)]
+    batches[bad] = (torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))  # fine for the loss
+    model = fitkit.Model(nn.Linear(3, 3), device="cpu")
+    model.compile("sgd", "cross_entropy", ["mae"])
+    with pytest.raises(ValueError, match="'mae' expect targets of the output's shape") as caught:
+        model.fit(batches, epochs=1, verbose=0)
+    words = f"{caught.value} {getattr(caught.value, '__notes__', '')}"  # Python 3.10 has no notes
+    assert f"batch {bad + 1} (index {bad})" in words
+
+
+def test_a_batch_whose_metric_runs_out_of_memory_is_counted_once() -> None:
+    def every_pair(output: Tensor, target: Tensor) -> Tensor:
+        if len(output) > 4:
+            raise torch.OutOfMemoryError("every pair of so many")
+        return (output - target).abs().mean()
+
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 3), torch.randn(24, 1)
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    model.compile("sgd", "mse", [every_pair], learning_rate=0.0)
+    loss, pairs = model.evaluate(x, y, batch_size=4, verbose=0)  # type: ignore[misc]
+    history = model.fit(x, y, batch_size=8, epochs=1, micro_batch_size="auto", verbose=0)
+    assert history["loss"] == pytest.approx([loss])
+    assert history["every_pair"] == pytest.approx([pairs])
+
+
+def test_losses_that_somebody_listens_to_are_kept_as_they_were() -> None:
+    loss, given = nn.MSELoss(), list[Tensor]()
+
+    def spoil(module: nn.Module, inputs: object, value: Tensor) -> None:
+        for earlier in given:
+            earlier.detach().zero_()
+        given.append(value)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3), torch.randn(40, 1)
+    model = fitkit.Model(nn.Linear(3, 1), device="cpu")
+    model.compile("sgd", loss, learning_rate=0.0)
+    expected = model.evaluate(x, y, verbose=0)
+    loss.register_forward_hook(spoil)
+    history = model.fit(x, y, batch_size=4, epochs=1, verbose=0)
+    assert history["loss"] == pytest.approx([expected])  # type: ignore[comparison-overlap]

@@ -95,7 +95,9 @@ class Gathering:
     @property
     def room(self) -> int:
         """How many batches like the latest may wait; none of those that are looked at while they are in the cache."""
-        return self._most_batches if self._batch_elements <= self._most_waiting else 0
+        if self._batch_elements > self._most_waiting:
+            return 0
+        return min(self._most_batches, HELD_ELEMENTS // max(1, self._batch_elements))
 
     def update(self, output: Structure, target: Structure, weight: Tensor | None, *, are_kept: bool = False) -> None:
         """Takes in one batch; one without samples changes nothing."""

@@ -110,6 +110,11 @@ def check_pair(names: str, output: Structure, target: Structure) -> tuple[Tensor
                 f"The metrics {names} read one tensor, received {word}={show(value)}. Give a loss and metrics for each "
                 "output, as a list or a dict, or pass a callable(output, target) instead of a name."
             )
+    if output.is_complex() or target.is_complex():
+        raise ValueError(
+            f"The metrics {names} compare real numbers, received output of {output.dtype} and target of "
+            f"{target.dtype}. Pass a callable(output, target) that returns a real number."
+        )
     if output.ndim == 0 or target.ndim == 0 or output.shape[0] != target.shape[0]:
         raise ValueError(_misfit(names, output, target, "as many targets as outputs"))
     return output, target

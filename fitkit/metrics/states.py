@@ -46,8 +46,9 @@ def state_of(metric: Keeper) -> dict[str, Any]:
 
 
 def load_into(metric: Keeper | MetricCollection, state: dict[str, Any], device: torch.device) -> None:
-    """Gives a metric a copy of such a state."""
-    metric.load_state_dict(mapped(lambda tensor: tensor.to(device, copy=True), state))
+    """Gives a metric a copy of such a state, which may be updated in place in and out of an inference_mode."""
+    with torch.inference_mode(False):
+        metric.load_state_dict(mapped(lambda tensor: tensor.to(device, copy=True), state))
 
 
 def join_into(metric: Keeper, states: Sequence[dict[str, Any]], device: torch.device) -> None:

@@ -131,12 +131,12 @@ def _target(loss: Loss, y: torch.Tensor, *, bf16: bool) -> str:
         return "y"
     if isinstance(loss.module, CLASS_LOSSES):
         if y.is_floating_point():
-            return "y.to(output.dtype)" if bf16 or y.dtype != torch.float32 else "y"
+            return "y" if y.dtype == torch.float32 else "y.float()" if bf16 else "y.to(output.dtype)"
         text = "y.squeeze(1)" if y.dim() == 2 and y.shape[1] == 1 else "y"
         return text if y.dtype == torch.int64 else f"{text}.long()"
     # (N,) against (N, 1) is never broadcast.
     text = "y.view_as(output)" if y.dim() == 1 or (y.dim() == 2 and y.shape[1] == 1) else "y"
-    return text if y.is_floating_point() else f"{text}.to(output.dtype)"
+    return text if y.is_floating_point() else f"{text}.float()" if bf16 else f"{text}.to(output.dtype)"
 
 
 def _weight(loss: Loss, sources: Sequence[Source], ignored: int | None) -> str:

@@ -298,3 +298,11 @@ def test_ignored_targets_of_a_loss_of_ones_own_stay_out() -> None:
     known = gather(["iou", "accuracy"], CLASSES)
     known.update(output[:3], target[:3], None)
     assert metrics.compute(["iou", "accuracy"]) == known.compute(["iou", "accuracy"])
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 2000, 100_000])
+def test_there_is_room_for_no_more_elements_than_are_held(classes: int) -> None:
+    running = CompiledMetrics(["accuracy"]).start([OutputMeaning("logits", classes=True)], torch.device("cpu"))
+    for _ in range(2):
+        running.update([torch.randn(4, classes)], [torch.randint(classes, (4,))], None)
+    assert running.room * 4 * (classes + 1) <= HELD_ELEMENTS

@@ -198,3 +198,10 @@ def test_rows_of_classes_keep_each_item_with_its_target() -> None:
     rows, classes = Reading("multiclass", 3).align(output, target)
     assert torch.equal(rows[27], output[1, :, 1, 2])
     assert classes[27] == target[1, 0, 1, 2]
+
+
+def test_complex_numbers_are_refused_not_cut_to_their_real_parts() -> None:
+    running = CompiledMetrics(["mae"]).start([OutputMeaning("values")], torch.device("cpu"))
+    pair = torch.ones(2, 3, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"'mae' compare real numbers, received output of torch.complex64"):
+        running.update([pair], [pair], None)
