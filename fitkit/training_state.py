@@ -577,7 +577,9 @@ class Progress:
             step = run["step"] if of_processes is None else of_processes["step"][own]
             check_kinds(step, self.step.state_dict(), "the state of the step")
             self.step.load_state_dict(step)
-            self.step.state_dict()  # what cannot be saved again was no such state
+            # What cannot be saved again, or read, was no such state.
+            self.step.state_dict()
+            self.step.numbers.metrics.check_loaded()
         in_epoch = self.stage == "train"
         self.batches.load_state_dict(
             _raw(run["data"]), in_epoch=in_epoch, ends_here=in_epoch and self.model.stop_training

@@ -310,6 +310,20 @@ def test_a_whole_file_with_another_kind_of_value_in_it_is_an_error_that_names_it
     assert same(snapshot(model)[:2], before[:2])
 
 
+def test_wrong_values_of_metrics_are_an_error_that_names_file_and_metrics(tmp_path: Path) -> None:
+    model, resumed = compiled(metrics=["mae"]), compiled(metrics=["mae"])
+    model.fit(X, Y, batch_size=4, epochs=1, callbacks=ModelCheckpoint(tmp_path / "{batch}.pt", save_freq=1), verbose=0)
+    state = load_state(tmp_path / "2.pt")
+    state["run"]["step"]["numbers"]["metrics"]["parts"][0]["held"][0][0] = torch.zeros(3)
+    save_state(tmp_path / "file", state)
+    before = snapshot(resumed)
+    with pytest.raises(
+        CheckpointError, match="file cannot be used: the running values of 'mae' are none: Expected 2 t"
+    ):
+        resumed.fit(X, Y, batch_size=4, epochs=1, resume_from=tmp_path / "file", verbose=0)
+    assert same(snapshot(resumed)[:2], before[:2])
+
+
 def test_numbers_of_numpy_are_saved_as_pythons(tmp_path: Path) -> None:
     save_state(tmp_path / "saved", {"a": [np.float64(0.1), (np.int64(2),)], np.int64(3): np.bool_(True)})
     assert repr(load_state(tmp_path / "saved")) == "{'a': [0.1, (2,)], 3: True}"
