@@ -324,6 +324,40 @@ def test_wrong_values_of_metrics_are_an_error_that_names_file_and_metrics(tmp_pa
     assert same(snapshot(resumed)[:2], before[:2])
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_optimizer_with_its_parameters_in_another_order_is_refused(
+    tmp_path: Path, fused: bool, resumes: bool
+) -> None:
+    model, other = (fitkit.Model(nn.Linear(3, 1), device="cpu") for _ in range(2))
+    for each, step in ((model, 1), (other, -1)):
+        each.compile(torch.optim.Adam(list(each.module.parameters())[::step], fused=fused), "mse")
+    model.fit(X, Y, epochs=1, verbose=0)
+    model.save(tmp_path / "saved")
+    with pytest.raises(
+        CheckpointError, match=r"saved has exp_avg=Tensor of shape \(1, 3\) for a parameter of shape \(1,\)"
+    ):
+        other.fit(X, Y, epochs=2, verbose=0, resume_from=tmp_path / "saved") if resumes else other.load(
+            tmp_path / "saved"
+        )
+
+
+OPTIMIZERS = [
+    kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # those need more
+]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
+def test_what_any_optimizer_of_torchs_keeps_is_loaded(tmp_path: Path, kind: Any) -> None:
+    model, other = compiled(optimizer=kind), compiled(optimizer=kind)
+    model.fit(X, Y, epochs=2, verbose=0)
+    model.save(tmp_path / "saved")
+    other.load(tmp_path / "saved")
+    assert same(snapshot(model)[:2], snapshot(other)[:2])
+
+
 def test_numbers_of_numpy_are_saved_as_pythons(tmp_path: Path) -> None:
     save_state(tmp_path / "saved", {"a": [np.float64(0.1), (np.int64(2),)], np.int64(3): np.bool_(True)})
     assert repr(load_state(tmp_path / "saved")) == "{'a': [0.1, (2,)], 3: True}"
