@@ -212,22 +212,12 @@ class EpochPlan:
         return self._batches
 
     @property
-    def limit(self) -> int | None:
-        """Batches in an epoch where that is not one pass."""
-        return self._limit
-
-    @property
     def sizes(self) -> tuple[int, int] | None:
         """Samples in an epoch's batches, and in its last one; None where the data does not tell."""
         if self._batches.extent is None or self.length is None:
             return None
         samples, size = self._batches.extent
         return min(size, samples), min(size, samples - (self.length - 1) * size)
-
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """As `Batches.generators`."""
-        return self._batches.generators
 
     def check_epochs(self, epochs: int) -> None:
         """Refuses one-shot data for several passes, before the first batch."""
