@@ -164,6 +164,10 @@ def check_model(model: ModelProtocol, compiled: Compiled, state: Mapping[str, An
                 f"{path!s} has an optimizer of {_sizes(then['state'])} parameters by group for {name}, received one of "
                 f"{_sizes(now.state_dict())}. Give it the parameters that it had."
             )
+        # An option that is None leaves the choice to torch, and is another one on another device.
+        for group, saved in zip(now.param_groups, then["state"]["param_groups"], strict=True):
+            options = {key: value for key, value in saved.items() if value is not None and key != "params"}
+            check_kinds(options, group, f"the options of {name}")
         for shape, key, kept in _misfits(now, then["state"]):
             raise CheckpointError(
                 f"{path!s} has {key}={show(kept)} for a parameter of shape {shape} in {name}. Give the optimizer the "

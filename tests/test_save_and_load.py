@@ -258,6 +258,10 @@ def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) ->
 MISPLACED: list[tuple[str, Any]] = [
     ("weights", ["0.weight"]),
     ("optimizer/state", None),
+    ("optimizer/state/param_groups/0/lr", "text"),
+    ("optimizer/state/param_groups/0/betas", 0.9),
+    ("optimizer/state/state/0/exp_avg", torch.zeros(3)),
+    ("optimizer/state/state/0/step", torch.zeros(3)),
     ("history/epoch", [0, "a"]),
     ("history/history", [1.0]),
     ("run/epoch", 1.5),
@@ -301,7 +305,8 @@ def test_a_whole_file_with_another_kind_of_value_in_it_is_an_error_that_names_it
 ) -> None:
     state = copy.deepcopy(in_mid_epoch)
     *folders, name = place.split("/")
-    functools.reduce(operator.getitem, folders, state)[name] = value
+    keys = [int(folder) if folder.isdigit() else folder for folder in folders]
+    functools.reduce(operator.getitem, keys, state)[name] = value
     save_state(tmp_path / "file", state)
     model = compiled()
     before = snapshot(model)
