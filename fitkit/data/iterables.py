@@ -24,6 +24,8 @@ class IterableBatches(Batches):
         self._iterable = iterable
         self._dtype = dtype
         self.length = known_length(iterable)
+        first = iterable[0] if isinstance(iterable, (list, tuple)) and iterable else None
+        self.parts = len(first) if type(first) is tuple and len(first) <= 3 else None
 
     def __iter__(self) -> Iterator[Any]:
         return (with_tensors(batch, self._dtype) for batch in self._iterable)
