@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fitkit
 from fitkit.callbacks import LambdaCallback
+from fitkit.flags import INSTEAD
 
 X, Y = torch.randn(10, 3, generator=torch.Generator().manual_seed(1)), torch.linspace(-1, 1, 10)[:, None]
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
@@ -1105,6 +1106,40 @@ def test_a_step_of_ones_own_cannot_log_under_a_name_of_fitkits(name: str) -> Non
     model.compile("sgd")
     with pytest.raises(ValueError, match=f"Expected another name for the step's '{name}', which fitkit uses itself"):
         model.fit(X, epochs=1, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "advice"),
+    [
+        ("compile", "lr", r"Write learning_rate=\.\.\."),
+        ("compile", "metric", "Did you mean 'metrics'"),
+        ("compile", "run_eagerly", "Leave it out: without jit_compile=True nothing is compiled"),
+        ("compile", "epochs", r"Pass it to fit\(epochs=\.\.\.\)"),
+        ("fit", "batchsize", "Did you mean 'batch_size'"),
+        ("fit", "workers", "Give a DataLoader its workers"),
+        ("fit", "lr", r"Pass it to compile\(learning_rate=\.\.\.\)"),
+        ("fit", "max_epochs", r"Write epochs=\.\.\., or max_nb_epochs="),
+    ],
+)
+def test_an_unknown_argument_is_answered_with_what_to_write(method: str, name: str, advice: str) -> None:
+    model = fitkit.Model(nn.Linear(X.shape[1], 1), device="cpu")
+    arguments = () if method == "compile" else (X,)
+    with pytest.raises(TypeError, match=rf"^{method}\(\) got an unexpected keyword argument '{name}'\. ?{advice}"):
+        getattr(model, method)(*arguments, **{name: 1})
+
+
+@pytest.mark.parametrize("method", INSTEAD)
+def test_what_is_written_instead_of_an_argument_exists(method: str) -> None:
+    taken = inspect.signature(getattr(fitkit.Model, method)).parameters
+    everything = {
+        name
+        for each in (fitkit.Model.compile, fitkit.Model.fit, fitkit.Model)
+        for name in inspect.signature(each).parameters
+    }
+    assert not taken.keys() & INSTEAD[method].keys()
+    assert "_unknown" not in taken
+    for advice in INSTEAD[method].values():
+        assert set(re.findall(r"(\w+)=", advice)) <= everything
 
 
 def weighed_loader(**options: Any) -> DataLoader[Any]:
