@@ -73,7 +73,7 @@ def refuse_unknown(method: Callable[..., Any], given: Iterable[str]) -> None:
     for name in given:
         known = list(inspect.signature(method).parameters)[1:]
         instead = INSTEAD[method.__name__].get(name)
-        advice = nearest(name, known) if instead is None else f" {instead}."
+        advice = nearest(name, known) if instead is None else f" {instead}"
         raise TypeError(f"{method.__name__}() got an unexpected keyword argument {name!r}.{advice}")
 
 

@@ -147,6 +147,9 @@ class LoaderBatches(Batches):
     def generators(self) -> list[torch.Generator]:
         return own_generators(self._loader)
 
+    def some_targets(self) -> Any:
+        return some_targets(self._loader)
+
     @property
     def source(self) -> Any:
         return self._loader if keeps_its_place(self._loader) else None
@@ -276,6 +279,14 @@ def known_parts(loader: DataLoader[Any]) -> int | None:
     if type(dataset) is not TensorDataset or loader.collate_fn is not default_collate or loader.batch_sampler is None:
         return None
     return len(dataset.tensors) if len(dataset.tensors) <= 3 else None
+
+
+def some_targets(loader: DataLoader[Any]) -> Any:
+    """The targets of the first samples, where the loader stacks the rows of tensors."""
+    dataset: Any = loader.dataset
+    if type(dataset) is not TensorDataset or (known_parts(loader) or 0) < 2:
+        return None
+    return dataset.tensors[1][: loader.batch_size]
 
 
 def own_generators(loader: DataLoader[Any]) -> list[torch.Generator]:
