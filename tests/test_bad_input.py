@@ -453,6 +453,12 @@ def test_targets_between_0_and_1_are_probabilities(kind: str) -> None:
     assert len(model.fit(SIGNED[kind](SIGNS / 4 + 0.5), epochs=1, verbose=0).epoch) == 1
 
 
+def test_targets_that_only_a_batch_tells_are_not_looked_at() -> None:
+    part = torch.utils.data.Subset(TensorDataset(X, SIGNS), range(5))
+    model = compiled(loss="bce_with_logits")
+    assert len(model.fit(DataLoader(part), epochs=1, verbose=0).epoch) == 1
+
+
 def test_targets_of_validation_and_of_one_output_are_looked_at_too() -> None:
     message = r"from 0 to 1 for loss=.*received targets from -1 to 1"
     model = compiled(loss="bce_with_logits")

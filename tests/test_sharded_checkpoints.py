@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,21 +140,20 @@ def test_a_plan_that_is_none_is_refused_and_not_run(
     assert "this code ran" not in capsys.readouterr().out
 
 
-@pytest.fixture
+@contextmanager
 def little_room() -> Iterator[None]:
-    """No file may become larger than 200 bytes, as where a disk is full."""
+    """No file may become larger than 200 bytes, as where a disk is full; nor may the one that pytest reports to."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_an_error_and_leaves_what_was_saved_before(
-    sharded: fitkit.Model, folder: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_full_disk_is_an_error_and_leaves_what_was_saved_before(sharded: fitkit.Model, folder: Path) -> None:
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
-    request.getfixturevalue("little_room")
-    with pytest.raises(OSError, match="saved could not be written: "):
+    with pytest.raises(OSError, match="saved could not be written: "), little_room():
         sharded.save(folder)
     assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
     check_whole(folder)

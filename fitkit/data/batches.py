@@ -116,9 +116,8 @@ class Batches(abc.ABC):
         """A sentence that says where the data hold NaN or infinity; None where they do not, or only a batch tells."""
         return None
 
-    def some_targets(self) -> Any:
+    def some_targets(self) -> Any:  # noqa: B027 (of most kinds only a batch tells)
         """The targets of some samples as a batch has them; None where only a batch tells. Nothing is drawn for it."""
-        return None
 
     def in_large_batches(self) -> Batches:
         """The same data in larger batches, where nobody chose their size and the numbers do not depend on it."""

@@ -137,7 +137,7 @@ class RunningMetrics:
         if list(state["names"]) != self.names:
             raise ValueError(f"Expected the running values of {self.names}, received those of {list(state['names'])}.")
         for (_, part), kept in zip(self._parts, state["parts"], strict=True):
-            with _named_errors(part):
+            with _naming(part):
                 part.load_state(kept)
 
     def check_loaded(self) -> None:
@@ -147,12 +147,12 @@ class RunningMetrics:
             ValueError: it names the metrics.
         """
         for _, part in self._parts:
-            with _named_errors(part):
+            with _naming(part):
                 part.check_loaded()
 
 
 @contextmanager
-def _named_errors(part: Part) -> Iterator[None]:
+def _naming(part: Part) -> Iterator[None]:
     """Says for whatever is raised about the state of metrics which they are."""
     try:
         yield
