@@ -376,3 +376,10 @@ def test_a_returned_weight_has_to_be_one_number() -> None:
 def test_an_error_of_bce_that_is_not_about_its_range_is_torchs() -> None:
     with pytest.raises(RuntimeError, match=r"\b7\b"):
         judge(nn.BCELoss(weight=torch.ones(7)), torch.rand(5, 3), torch.ones(5, 3), 5)
+
+
+@pytest.mark.parametrize(
+    "target", [None, [2.0], torch.zeros(0), torch.tensor([0.0, 1.0]), torch.tensor([True])], ids=str
+)
+def test_what_is_no_tensor_of_other_numbers_has_nothing_against_bce(target: Any) -> None:
+    Loss("bce").check_targets(target)

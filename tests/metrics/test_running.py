@@ -19,6 +19,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
 from fitkit._types import OutputMeaning
 from fitkit.metrics import CompiledMetrics, RunningMetrics
+from fitkit.metrics.states import check_grown
 
 CPU = torch.device("cpu")
 CLASSES = OutputMeaning("logits", -100, classes=True)
@@ -210,6 +211,10 @@ def test_a_state_of_ones_own_metric_that_is_no_sum_is_refused(value: Any) -> Non
     first.update([torch.zeros(8)], [torch.ones(8)], None)
     with pytest.raises(ValueError, match="the running values of 'mean_squared_error' are none: "):
         load(resumed, changed(first.state_dict(), ["parts", 0, "metric", "total"], value))
+
+
+def test_states_that_are_neither_tensors_nor_lists_are_left_to_the_metric() -> None:
+    check_grown({"kept": "text"}, {"kept": 1, "missing": None})
 
 
 def test_each_output_has_its_own_metrics_and_meaning() -> None:
