@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fitkit.distributed import shard_like
-from fitkit.errors import CheckpointError, show
+from fitkit.errors import CheckpointError, needing, show
 
 Path = str | os.PathLike[str]
 Content = Literal["weights", "state"]
@@ -412,10 +412,8 @@ def _is_safetensors(path: Path) -> bool:
 
 def _safetensors_saver(state: Mapping[str, Any]) -> Callable[[str], object]:
     """What writes the state to a file that is there, tensor by tensor."""
-    try:
+    with needing("safetensors", "safetensors", "A .safetensors path"):
         from safetensors.torch import save_file
-    except ImportError as error:
-        raise _needs_safetensors() from error
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
     storages: set[int] = set()
@@ -437,10 +435,8 @@ def _safetensors_saver(state: Mapping[str, Any]) -> Callable[[str], object]:
 
 
 def _from_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
+    with needing("safetensors", "safetensors", "A .safetensors path"):
         from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise _needs_safetensors() from error
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             digest = (file.metadata() or {}).get(SAFETENSORS_DIGEST)
@@ -451,10 +447,6 @@ def _from_safetensors(path: Path) -> dict[str, Tensor]:
     if digest is not None and digest != _digest_of_tensors(tensors):
         raise CheckpointError(f"{os.fspath(path)} is damaged: its content does not match its checksum.")
     return tensors
-
-
-def _needs_safetensors() -> ImportError:
-    return ImportError("A .safetensors path needs the package safetensors: pip install fitkit[safetensors]")
 
 
 def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:

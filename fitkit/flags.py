@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from fitkit.errors import check_choice, check_flag, check_integer, check_number, nearest, show
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class _NobodyAsked(int):
@@ -21,6 +23,58 @@ class _NobodyAsked(int):
 
 
 MAX_NB_EPOCHS = _NobodyAsked(1000)
+_IN_COMPILE = ("optimizer", "loss", "metrics", "learning_rate", "precision", "jit_compile")
+_IN_FIT = ("epochs", "batch_size", "callbacks", "class_weight", "gradient_clip_val")
+# What to do instead of arguments that are another method's here, or that Keras and Lightning have.
+INSTEAD: dict[str, dict[str, str]] = {
+    "compile": {
+        **{name: f"Pass it to fit({name}=...)" for name in _IN_FIT},
+        "lr": "Write learning_rate=...",
+        "run_eagerly": "Leave it out: without jit_compile=True nothing is compiled",
+        "steps_per_execution": "Leave it out: a step costs no more than in a loop by hand",
+        "auto_scale_loss": 'Write precision="16-mixed", which scales the loss',
+    },
+    "fit": {
+        **{name: f"Pass it to compile({name}=...)" for name in _IN_COMPILE},
+        "lr": "Pass it to compile(learning_rate=...)",
+        **dict.fromkeys(
+            ("workers", "num_workers", "use_multiprocessing", "max_queue_size"),
+            'Give a DataLoader its workers; for a Dataset write dataloader_options={"num_workers": ...}',
+        ),
+        "max_epochs": "Write epochs=..., or max_nb_epochs=... with early stopping",
+        "min_epochs": "Write min_nb_epochs=...",
+        "nb_epoch": "Write epochs=...",
+        "limit_train_batches": "Write train_percent_check=... for a fraction, steps_per_epoch=... for a count",
+        "limit_val_batches": "Write val_percent_check=... for a fraction, validation_steps=... for a count",
+        "overfit_batches": "Write overfit_pct=...",
+        "check_val_every_n_epoch": "Write validation_freq=...",
+        "val_dataloaders": "Write validation_data=...",
+        "ckpt_path": "Write resume_from=...",
+        **dict.fromkeys(("accelerator", "devices"), "Write Model(module, device=...)"),
+        "strategy": "Write Model(module, strategy=...)",
+    },
+}
+
+
+def refusing_unknown(method: Method) -> Method:
+    """The method with a signature that does not show its last parameter, the keywords that it refuses."""
+    signature = inspect.signature(method)
+    shown = list(signature.parameters.values())[:-1]
+    method.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return method
+
+
+def refuse_unknown(method: Callable[..., Any], given: Iterable[str]) -> None:
+    """Refuses keywords that a method has no parameter for, as Python does, and says what to do instead.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for name in given:
+        known = list(inspect.signature(method).parameters)[1:]
+        instead = INSTEAD[method.__name__].get(name)
+        advice = nearest(name, known) if instead is None else f" {instead}"
+        raise TypeError(f"{method.__name__}() got an unexpected keyword argument {name!r}.{advice}")
 
 
 @dataclass(frozen=True)
@@ -67,9 +121,7 @@ class FitArguments:
             TypeError: others has an argument that fit has not.
         """
         defaults = {name: each.default for name, each in list(inspect.signature(fit).parameters.items())[3:]}
-        for name in others:
-            if name not in defaults:
-                raise TypeError(f"fit() got an unexpected keyword argument {name!r}.{nearest(name, defaults)}")
+        refuse_unknown(fit, others.keys() - defaults.keys())
         return cls(data, y, **{**defaults, **others})
 
     def flags(self) -> TrainingFlags:

@@ -43,12 +43,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from fitkit._types import ModelProtocol
+from fitkit._types import ModelProtocol, Step
 from fitkit.callbacks import EarlyStopping
 from fitkit.callbacks.hooks import HookTable, finish
 from fitkit.data import EpochPlan
@@ -68,17 +68,6 @@ _fits: ContextVar[int] = ContextVar("fits", default=0)
 def is_fitting() -> bool:
     """Whether this is called from within a fit, of whichever Model: from a callback or a step."""
     return _fits.get() > 0
-
-
-class Step(Protocol):
-    """What the batch loop calls."""
-
-    @property
-    def logs(self) -> Any: ...
-
-    def __call__(self, batch: Any, index: int, /) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class Part(NamedTuple):
 
 # Up to so many targets are counted faster one by one than by NumPy.
 SHORT = 128
+# What compares with probabilities, whose targets are such too.
+_OF_PROBABILITIES = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 # Items of a list that a message shows.
 SHOWN = 4
 
@@ -230,6 +232,28 @@ class Loss:
                 )
             return target
         return fit_elements(output, target, self.built_in.function.__name__)
+
+    @property
+    def takes_probabilities(self) -> bool:
+        """Whether targets are probabilities, to be looked at with `check_targets`."""
+        return self.built_in is not None and self.built_in.function in _OF_PROBABILITIES
+
+    def check_targets(self, target: Any) -> None:
+        """Refuses targets that are no probabilities.
+
+        Raises:
+            ValueError: there is one below 0 or above 1. ``bce_with_logits`` itself would train on them.
+        """
+        if not isinstance(target, Tensor) or not target.numel():
+            return
+        least, most = float(target.min()), float(target.max())
+        if least < 0 or most > 1:
+            name = self.built_in.function.__name__  # type: ignore[union-attr]  # it takes probabilities
+            raise ValueError(
+                f"Expected targets from 0 to 1 for {self.argument}={name!r}, received targets from {least:g} to "
+                f'{most:g}. For class indices use "cross_entropy"; labels of -1 and 1 become '
+                "(y + 1) / 2."
+            )
 
     def _weight(self, output: Tensor, target: Tensor, size: int, host_target: Any) -> Weight:
         if self._averages == "targets":

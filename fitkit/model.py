@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from fitkit.distributed import (
 )
 from fitkit.epoch_plans import plan_for_pass
 from fitkit.errors import check_choice, check_flag, check_integer, show
-from fitkit.flags import MAX_NB_EPOCHS, FitArguments
+from fitkit.flags import MAX_NB_EPOCHS, FitArguments, refuse_unknown, refusing_unknown
 from fitkit.gradients import kept_gradients
 from fitkit.history import History
 from fitkit.learning_rate_finder import LearningRateCurve, RangeTest, undone
@@ -129,6 +129,7 @@ class Model:
         """The torch optimizer that compile made or was given; None before, and when nothing can be trained."""
         return None if self._compiled is None else self._compiled.optimizer
 
+    @refusing_unknown
     def compile(
         self,
         optimizer: OptimizerArgument = "adam",
@@ -141,6 +142,7 @@ class Model:
         precision: str = "32-true",
         jit_compile: bool = False,
         channels_last: bool = False,
+        **_unknown: NoReturn,
     ) -> None:
         """Says how the module is trained and judged.
 
@@ -166,6 +168,7 @@ class Model:
             ValueError: unknown names, an optimizer that cannot be used, arguments that exclude each other.
             TypeError: arguments of a wrong type.
         """
+        refuse_unknown(Model.compile, _unknown)
         check_choice("precision", precision, PRECISIONS)
         check_flag("jit_compile", jit_compile)
         check_flag("channels_last", channels_last)
@@ -222,6 +225,7 @@ class Model:
         per_output = [f"{names[position]}_loss" for position in active] if names and not own_step else []
         return ["loss", *per_output, *compiled.metrics.names]
 
+    @refusing_unknown
     def fit(
         self,
         data: Any,
@@ -255,6 +259,7 @@ class Model:
         on_nonfinite: str = "raise",
         resume_from: str | os.PathLike[str] | None = None,
         dataloader_options: Mapping[str, Any] | None = None,
+        **_unknown: NoReturn,
     ) -> History:
         """Trains the module.
 
@@ -312,6 +317,7 @@ class Model:
             NonFiniteLossError: a training loss was not finite (a FloatingPointError).
             CheckpointError: the file to resume from is damaged, or of a run with other numbers (a ValueError).
         """
+        refuse_unknown(Model.fit, _unknown)
         if self._progress is not None:
             raise ValueError("fit(...) was called from within a fit of the same Model. Use train_on_batch there.")
         run = self._preparation().fit_run(

@@ -205,6 +205,13 @@ class Preparation:
                 f"Expected targets since compile was given a loss, received {argument} of x alone. Pass y, or "
                 f"compile(loss=None) for a module that returns its loss, or override {name}."
             )
+        losses = None if own is not None else self.compiled.losses
+        looking = [] if losses is None else [loss for loss in losses.losses if loss and loss.takes_probabilities]
+        targets = batches.some_targets() if looking else None
+        if losses is not None and targets is not None:
+            for loss, target in zip(losses.losses, losses.select(targets, "y"), strict=True):
+                if loss in looking:
+                    loss.check_targets(target)
 
     @property
     def may_enlarge_tests(self) -> bool:

@@ -15,6 +15,7 @@ import pickle
 import secrets
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -99,7 +100,10 @@ def load_sharded(path: Path, like: Callable[..., Tensor] | None) -> dict[str, An
         make = torch.empty if like is None else like
         entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
         found = {key: make(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
-        load(found, storage_reader=reader, no_dist=like is None)
+        with warnings.catch_warnings():
+            # Torch warns of what it is asked for: to read in this process alone.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(found, storage_reader=reader, no_dist=like is None)
     except (CheckpointException, Exception) as error:
         raise CheckpointError(f"{folder} is damaged, or cannot be read: {error}") from error
     state: dict[str, Any] = _put_back(kept["state"], found)

@@ -8,21 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, final
 
-from fitkit._types import ModelProtocol
+from fitkit._types import ModelProtocol, Step
 from fitkit.batch import Share
 from fitkit.distributed import any_of, gather
 from fitkit.steps import PredictStep, TrainStep
-
-
-class Step(Protocol):
-    """What a share is taken to."""
-
-    @property
-    def logs(self) -> Any: ...
-
-    def __call__(self, batch: Any, index: int, /) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 class Skipping(Protocol):

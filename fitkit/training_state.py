@@ -36,7 +36,7 @@ from fitkit.device import (
     set_modes,
 )
 from fitkit.distributed import Processes, gather, is_shard, running, shard_like
-from fitkit.errors import CheckpointError
+from fitkit.errors import CheckpointError, show
 from fitkit.flags import TrainingFlags
 from fitkit.history import History, as_number
 from fitkit.kinds import check_kinds
@@ -53,6 +53,8 @@ OWN = (
     torch.Generator,
     nn.Module,
 )
+# What torch's optimizers keep of a parameter as one number; all else has the parameter's shape.
+NUMBERS = {"step", "eta", "mu", "mu_product"}
 WHOLE = {
     *("outcome", "arguments", "epoch", "stage", "logs", "stop", "called", "step", "part_size"),
     *("data", "validation_data", "callbacks"),
@@ -155,14 +157,21 @@ def check_model(model: ModelProtocol, compiled: Compiled, state: Mapping[str, An
                 f"{path!s} has {'nothing' if then is None else then['class']} for {name}, where there is now "
                 f"{'nothing' if now is None else type(now).__name__}. Make and compile the Model as it was."
             )
-        if (
-            isinstance(now, torch.optim.Optimizer)
-            and then is not None
-            and _sizes(now.state_dict()) != _sizes(then["state"])
-        ):
+        if not isinstance(now, torch.optim.Optimizer) or then is None:
+            continue
+        if _sizes(now.state_dict()) != _sizes(then["state"]):
             raise CheckpointError(
                 f"{path!s} has an optimizer of {_sizes(then['state'])} parameters by group for {name}, received one of "
                 f"{_sizes(now.state_dict())}. Give it the parameters that it had."
+            )
+        # An option that is None leaves the choice to torch, and is another one on another device.
+        for group, saved in zip(now.param_groups, then["state"]["param_groups"], strict=True):
+            options = {key: value for key, value in saved.items() if value is not None and key != "params"}
+            check_kinds(options, group, f"the options of {name}")
+        for shape, key, kept in _misfits(now, then["state"]):
+            raise CheckpointError(
+                f"{path!s} has {key}={show(kept)} for a parameter of shape {shape} in {name}. Give the optimizer the "
+                "parameters that it had, in their order."
             )
     if (compiled.scaler is None) != (state["scaler"] is None):
         was = "without" if state["scaler"] is None else "with"
@@ -276,6 +285,22 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _sizes(state: Mapping[str, Any]) -> list[int]:
     return [len(group["params"]) for group in state["param_groups"]]
+
+
+def _misfits(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> Iterator[tuple[tuple[int, ...], str, Tensor]]:
+    """What one of torch's optimizers does not keep of a parameter of that shape; a fused step would write beyond it."""
+    own = type(optimizer).__module__.startswith("torch.optim.")
+    if not own or isinstance(optimizer, (torch.optim.LBFGS, torch.optim.Adafactor)):
+        return
+    places = chain.from_iterable(group["params"] for group in state["param_groups"])
+    for place, parameter in zip(places, _parameters(optimizer), strict=True):
+        for key, kept in state["state"].get(place, {}).items():
+            if isinstance(kept, Tensor) and not (
+                kept.numel() == 1 if key in NUMBERS else kept.shape == parameter.shape
+            ):
+                yield tuple(parameter.shape), key, kept
 
 
 @final
@@ -577,7 +602,9 @@ class Progress:
             step = run["step"] if of_processes is None else of_processes["step"][own]
             check_kinds(step, self.step.state_dict(), "the state of the step")
             self.step.load_state_dict(step)
-            self.step.state_dict()  # what cannot be saved again was no such state
+            # What cannot be saved again, or read, was no such state.
+            self.step.state_dict()
+            self.step.numbers.metrics.check_loaded()
         in_epoch = self.stage == "train"
         self.batches.load_state_dict(
             _raw(run["data"]), in_epoch=in_epoch, ends_here=in_epoch and self.model.stop_training

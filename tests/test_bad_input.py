@@ -424,6 +424,50 @@ def test_fit_refuses_a_wrong_argument(arguments: dict[str, Any], message: str) -
     refused(lambda model: model.fit(X, Y, **options), compiled(), message)
 
 
+SIGNS = torch.tensor([[-1.0], [1.0]]).repeat(5, 1)
+SIGNED: dict[str, Callable[[Tensor], Any]] = {
+    "tensors": lambda y: (X, y),
+    "numpy": lambda y: (X.numpy(), y.numpy()),
+    "pandas": lambda y: (pd.DataFrame(X.numpy()), pd.Series(y[:, 0].numpy())),
+    "weights": lambda y: (X, y, torch.ones(10)),
+    "loader": lambda y: DataLoader(TensorDataset(X, y), batch_size=5),
+    "shuffling loader": lambda y: DataLoader(TensorDataset(X, y), batch_size=5, shuffle=True, drop_last=True),
+    "loader with workers": lambda y: DataLoader(TensorDataset(X, y), batch_size=5, num_workers=1),
+    "dataset": lambda y: TensorDataset(X, y),
+    "ready batches": lambda y: [(X, y)],
+}
+
+
+@pytest.mark.parametrize("loss", ["bce_with_logits", "bce", nn.BCEWithLogitsLoss(), nn.BCELoss()], ids=str)
+@pytest.mark.parametrize("kind", SIGNED)
+def test_targets_that_are_no_probabilities_are_refused(kind: str, loss: Any) -> None:
+    model, state = compiled(loss=loss), torch.get_rng_state()
+    message = r"from 0 to 1 for loss='binary_cross_entropy.*received targets from -1 to 1\. .*become \(y \+ 1\) / 2"
+    refused(lambda model: model.fit(SIGNED[kind](SIGNS), epochs=1, verbose=0), model, message)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_targets_between_0_and_1_are_probabilities(kind: str) -> None:
+    model = compiled(loss="bce_with_logits")
+    assert len(model.fit(SIGNED[kind](SIGNS / 4 + 0.5), epochs=1, verbose=0).epoch) == 1
+
+
+def test_targets_that_only_a_batch_tells_are_not_looked_at() -> None:
+    part = torch.utils.data.Subset(TensorDataset(X, SIGNS), range(5))
+    model = compiled(loss="bce_with_logits")
+    assert len(model.fit(DataLoader(part), epochs=1, verbose=0).epoch) == 1
+
+
+def test_targets_of_validation_and_of_one_output_are_looked_at_too() -> None:
+    message = r"from 0 to 1 for loss=.*received targets from -1 to 1"
+    model = compiled(loss="bce_with_logits")
+    refused(lambda model: model.fit(X, Y, validation_data=(X, SIGNS), epochs=1, verbose=0), model, message)
+    refused(lambda model: model.evaluate(X, SIGNS, verbose=0), model, message)
+    model = compiled(loss={"a": "mse", "b": "bce_with_logits"})
+    refused(lambda model: model.fit(X, {"a": SIGNS, "b": SIGNS}, epochs=1, verbose=0), model, r"for loss\['b'\]=")
+
+
 @pytest.mark.parametrize(("data", "arguments", "message"), DATA, ids=identify)
 def test_fit_refuses_wrong_data(data: Any, arguments: dict[str, Any], message: str) -> None:
     refused(lambda model: model.fit(data, **{"epochs": 1, "verbose": 0, **arguments}), compiled(), message)

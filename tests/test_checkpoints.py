@@ -452,5 +452,5 @@ def test_without_safetensors_the_message_names_what_to_install(tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for act in (save_weights, load_weights):
-        with pytest.raises(ImportError, match=re.escape("pip install fitkit[safetensors]")):
+        with pytest.raises(ImportError, match=re.escape("pip install 'fitkit[safetensors]'")):
             act(network(), tmp_path / "weights.SAFETENSORS")

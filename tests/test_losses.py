@@ -401,3 +401,10 @@ def test_targets_keep_their_digits_beside_outputs_of_autocast(name: str, target:
     with torch.autocast("cpu", torch.bfloat16):
         part = judge(name, output, target, 1)
     assert torch.equal(part.value, judge(name, output.float(), target.float(), 1).value)
+
+
+@pytest.mark.parametrize(
+    "target", [None, [2.0], torch.zeros(0), torch.tensor([0.0, 1.0]), torch.tensor([True])], ids=str
+)
+def test_what_is_no_tensor_of_other_numbers_has_nothing_against_bce(target: Any) -> None:
+    Loss("bce").check_targets(target)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fitkit
 from fitkit.callbacks import LambdaCallback
+from fitkit.flags import INSTEAD
 
 X, Y = torch.randn(10, 3, generator=torch.Generator().manual_seed(1)), torch.linspace(-1, 1, 10)[:, None]
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
@@ -1107,11 +1108,70 @@ def test_a_step_of_ones_own_cannot_log_under_a_name_of_fitkits(name: str) -> Non
         model.fit(X, epochs=1, verbose=0)
 
 
-def test_class_weight_with_sample_weights_in_a_loader_is_refused_at_the_first_batch() -> None:
+@pytest.mark.parametrize(
+    ("method", "name", "advice"),
+    [
+        ("compile", "lr", r"Write learning_rate=\.\.\."),
+        ("compile", "metric", "Did you mean 'metrics'"),
+        ("compile", "run_eagerly", "Leave it out: without jit_compile=True nothing is compiled"),
+        ("compile", "epochs", r"Pass it to fit\(epochs=\.\.\.\)"),
+        ("fit", "batchsize", "Did you mean 'batch_size'"),
+        ("fit", "workers", "Give a DataLoader its workers"),
+        ("fit", "lr", r"Pass it to compile\(learning_rate=\.\.\.\)"),
+        ("fit", "max_epochs", r"Write epochs=\.\.\., or max_nb_epochs="),
+    ],
+)
+def test_an_unknown_argument_is_answered_with_what_to_write(method: str, name: str, advice: str) -> None:
+    model = fitkit.Model(nn.Linear(X.shape[1], 1), device="cpu")
+    arguments = () if method == "compile" else (X,)
+    with pytest.raises(TypeError, match=rf"^{method}\(\) got an unexpected keyword argument '{name}'\. ?{advice}"):
+        getattr(model, method)(*arguments, **{name: 1})
+
+
+@pytest.mark.parametrize("method", INSTEAD)
+def test_what_is_written_instead_of_an_argument_exists(method: str) -> None:
+    taken = inspect.signature(getattr(fitkit.Model, method)).parameters
+    everything = {
+        name
+        for each in (fitkit.Model.compile, fitkit.Model.fit, fitkit.Model)
+        for name in inspect.signature(each).parameters
+    }
+    assert not taken.keys() & INSTEAD[method].keys()
+    assert "_unknown" not in taken
+    for advice in INSTEAD[method].values():
+        assert set(re.findall(r"(\w+)=", advice)) <= everything
+
+
+def weighed_loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(X, LABELS, torch.ones(len(X))), batch_size=4, **options)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        weighed_loader(),
+        weighed_loader(sampler=torch.utils.data.SequentialSampler(range(4)), num_workers=1),
+        DataLoader(torch.utils.data.Subset(weighed_loader().dataset, range(4))),
+        [(X, LABELS, torch.ones(len(X)))],
+    ],
+    ids=["tensors", "workers", "subset", "ready"],
+)
+def test_class_weight_with_sample_weights_in_batches_is_refused_before_the_run(data: Any) -> None:
+    begun: list[int] = []
+    beginning = LambdaCallback(on_train_begin=lambda logs: begun.append(1))
     model = fitkit.Model(nn.Linear(X.shape[1], 3), device="cpu")
     model.compile("sgd", "cross_entropy")
+    with pytest.raises(ValueError, match="class_weight=... and sample_weight=... exclude each other"):
+        model.fit(data, epochs=1, class_weight={0: 2.0}, callbacks=beginning, verbose=0)
+    assert not begun
+
+
+def test_class_weight_with_sample_weights_of_a_dataset_is_refused_at_the_first_batch() -> None:
+    model = fitkit.Model(nn.Linear(X.shape[1], 3), device="cpu")
+    model.compile("sgd", "cross_entropy")
+    loader = weighed_loader(collate_fn=lambda rows: torch.utils.data.default_collate(rows))
     with pytest.raises(ValueError, match="came with data that has sample weights. Use one of the two"):
-        model.fit([(X, LABELS, torch.ones(len(X)))], epochs=1, class_weight={0: 2.0}, verbose=0)
+        model.fit(loader, epochs=1, class_weight={0: 2.0}, verbose=0)
 
 
 def test_class_weight_of_targets_in_a_column_is_that_of_the_row() -> None:

@@ -258,6 +258,10 @@ def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) ->
 MISPLACED: list[tuple[str, Any]] = [
     ("weights", ["0.weight"]),
     ("optimizer/state", None),
+    ("optimizer/state/param_groups/0/lr", "text"),
+    ("optimizer/state/param_groups/0/betas", 0.9),
+    ("optimizer/state/state/0/exp_avg", torch.zeros(3)),
+    ("optimizer/state/state/0/step", torch.zeros(3)),
     ("history/epoch", [0, "a"]),
     ("history/history", [1.0]),
     ("run/epoch", 1.5),
@@ -301,13 +305,62 @@ def test_a_whole_file_with_another_kind_of_value_in_it_is_an_error_that_names_it
 ) -> None:
     state = copy.deepcopy(in_mid_epoch)
     *folders, name = place.split("/")
-    functools.reduce(operator.getitem, folders, state)[name] = value
+    keys = [int(folder) if folder.isdigit() else folder for folder in folders]
+    functools.reduce(operator.getitem, keys, state)[name] = value
     save_state(tmp_path / "file", state)
     model = compiled()
     before = snapshot(model)
     with pytest.raises(CheckpointError, match=f"^{re.escape(str(tmp_path / 'file'))} "):
         watched(model, resume_from=tmp_path / "file")
     assert same(snapshot(model)[:2], before[:2])
+
+
+def test_wrong_values_of_metrics_are_an_error_that_names_file_and_metrics(tmp_path: Path) -> None:
+    model, resumed = compiled(metrics=["mae"]), compiled(metrics=["mae"])
+    model.fit(X, Y, batch_size=4, epochs=1, callbacks=ModelCheckpoint(tmp_path / "{batch}.pt", save_freq=1), verbose=0)
+    state = load_state(tmp_path / "2.pt")
+    state["run"]["step"]["numbers"]["metrics"]["parts"][0]["held"][0][0] = torch.zeros(3)
+    save_state(tmp_path / "file", state)
+    before = snapshot(resumed)
+    with pytest.raises(
+        CheckpointError, match="file cannot be used: the running values of 'mae' are none: Expected 2 t"
+    ):
+        resumed.fit(X, Y, batch_size=4, epochs=1, resume_from=tmp_path / "file", verbose=0)
+    assert same(snapshot(resumed)[:2], before[:2])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_optimizer_with_its_parameters_in_another_order_is_refused(
+    tmp_path: Path, fused: bool, resumes: bool
+) -> None:
+    model, other = (fitkit.Model(nn.Linear(3, 1), device="cpu") for _ in range(2))
+    for each, step in ((model, 1), (other, -1)):
+        each.compile(torch.optim.Adam(list(each.module.parameters())[::step], fused=fused), "mse")
+    model.fit(X, Y, epochs=1, verbose=0)
+    model.save(tmp_path / "saved")
+    with pytest.raises(
+        CheckpointError, match=r"saved has exp_avg=Tensor of shape \(1, 3\) for a parameter of shape \(1,\)"
+    ):
+        other.fit(X, Y, epochs=2, verbose=0, resume_from=tmp_path / "saved") if resumes else other.load(
+            tmp_path / "saved"
+        )
+
+
+OPTIMIZERS = [
+    kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # those need more
+]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
+def test_what_any_optimizer_of_torchs_keeps_is_loaded(tmp_path: Path, kind: Any) -> None:
+    model, other = compiled(optimizer=kind), compiled(optimizer=kind)
+    model.fit(X, Y, epochs=2, verbose=0)
+    model.save(tmp_path / "saved")
+    other.load(tmp_path / "saved")
+    assert same(snapshot(model)[:2], snapshot(other)[:2])
 
 
 def test_numbers_of_numpy_are_saved_as_pythons(tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ LABELS = (X[:, 0] + 0.5 * X[:, 1] > 0).long()
 IGNORING = torch.where(torch.arange(203) % 3 == 0, -100, LABELS)
 IGNORING[64:96] = -100  # in order, a batch without any target
 VALUES = X[:, :1] - X[:, 1:2] ** 2
+SOME_BELOW_ZERO = torch.where(
+    torch.arange(203)[:, None] // 32 == 1, -1.0, VALUES
+)  # in order, a batch without any above
 WEIGHTS = torch.linspace(0.1, 2.0, 203)
 
 NETS = """
@@ -104,6 +107,18 @@ def differences(output, target):
 
 def distance(output, target):
     return (output - target).abs().mean() ** 2
+
+
+def mean_of_those_above_zero(output, target):
+    kept = (target > 0).double()
+    count = float(kept.sum())
+    return ((output - target).abs() * kept).sum() / (count or 1.0), count
+
+
+class Counting(nn.Module):
+    def forward(self, output, target):
+        kept = (target >= 0).sum()
+        return nn.functional.cross_entropy(output, target, reduction="sum") / kept.clamp(min=1), kept
 
 
 def warm_up(optimizer):
@@ -271,7 +286,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
     ),
     "a loss of one's own": (
         regressor,
-        {"loss": lambda output, target: None},
+        {"loss": None},
         {"y": VALUES, "accumulate_grad_batches": 3, "validation_split": 0.2},
     ),
     "a loss module of one's own": (regressor, {"loss": None}, {"y": VALUES, "accumulate_grad_batches": 3}),
@@ -311,12 +326,43 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
     ),
     "item losses of one's own": (
         make_net,
-        {"loss": lambda output, target: None},
+        {"loss": None},
         {"y": X[:, :2], "accumulate_grad_batches": 3, "validation_split": 0.2},
+    ),
+    "a loss with its weight": (
+        regressor,
+        {"loss": None},
+        {"y": SOME_BELOW_ZERO, "shuffle": False, "accumulate_grad_batches": 3, "validation_split": 0.2},
+    ),
+    "its weight without windows": (
+        regressor,
+        {"loss": None, "precision": "bf16-mixed"},
+        {"y": SOME_BELOW_ZERO, "shuffle": False},
+    ),
+    "a loss module with its weight": (
+        make_net,
+        {"loss": None, "optimizer": "sgd"},
+        {"y": IGNORING, "shuffle": False, "accumulate_grad_batches": 2, "validation_data": (X, IGNORING)},
+    ),
+    "a window that weighs nothing": (
+        make_net,
+        {"loss": None},
+        {"y": torch.where(torch.arange(203) < 64, -100, LABELS), "shuffle": False, "accumulate_grad_batches": 2},
     ),
     "another optimizer": (lambda: nn.Linear(6, 2, bias=False), {"optimizer": "rmsprop"}, {}),
     "a schedule of one's own": (make_net, {}, {"callbacks": None}),
     "infinite losses": (make_net, {"learning_rate": 1e30, "optimizer": "sgd"}, {"on_nonfinite": "stop"}),
+}
+
+
+OWN_LOSSES: dict[str, Callable[[], Any]] = {
+    "a loss of one's own": lambda: nets().distance,
+    "item losses of one's own": lambda: nets().differences,
+    "a loss module of one's own": lambda: nets().Scaled(0.5),
+    "a loss with its weight": lambda: nets().mean_of_those_above_zero,
+    "its weight without windows": lambda: nets().mean_of_those_above_zero,
+    "a loss module with its weight": lambda: nets().Counting(),
+    "a window that weighs nothing": lambda: nets().Counting(),
 }
 
 
@@ -337,12 +383,8 @@ def arranged(name: str, folder: Path) -> tuple[fitkit.Model, dict[str, Any]]:
         options |= {"optimizer": torch.optim.Adam(model.module.parameters(), betas=(0.5, 0.9)), "learning_rate": None}
     if name == "an optimizer of one's own":
         options |= {"optimizer": nets().Slow(model.module.parameters(), lr=0.1), "learning_rate": None}
-    if name == "a loss of one's own":
-        options["loss"] = nets().distance
-    if name == "item losses of one's own":
-        options["loss"] = nets().differences
-    if name == "a loss module of one's own":
-        options["loss"] = nets().Scaled(0.5)
+    if name in OWN_LOSSES:
+        options["loss"] = OWN_LOSSES[name]()
     arguments = {"data": X, "y": LABELS, "epochs": 4, "verbose": 0, **arguments}
     if name == "a schedule of one's own":
         arguments["callbacks"] = [LRScheduler(nets().warm_up, interval="step"), CSVLogger(folder / "log.csv")]
@@ -554,6 +596,26 @@ def test_arrays_that_are_too_large_to_be_copied_are_a_line_to_fill_in(
     assert_same(path, model)
 
 
+def test_item_losses_weigh_by_their_number(folder: Path) -> None:
+    path = folder / "lengths.py"
+    batches = [(X[: 24 * length].view(24, length, 6), X[: 24 * length, :2].view(24, length, 2)) for length in (3, 1, 7)]
+    model = compiled(nn.Linear(6, 2), loss=nets().differences)
+    model.to_script(path, data=batches, epochs=2, accumulate_grad_batches=3)
+    torch.save(batches, folder / "filled.pt")
+    path.write_text(path.read_text().replace("= ...", '= torch.load(HERE / "filled.pt")'))
+    model.fit(batches, epochs=2, accumulate_grad_batches=3, verbose=0)
+    run_here(path)
+    assert_same(path, model)
+
+
+def test_looking_at_a_loss_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    net = make_net().eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    compiled(net, loss=nn.PairwiseDistance()).to_script(tmp_path / "run.py", data=X, y=X[:, :2], epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(child.training for child in net.modules())
+
+
 def test_overfitting_a_loader_that_shuffles_is_refused(tmp_path: Path) -> None:
     loader = DataLoader(Pairs(), batch_size=8, shuffle=True)
     with pytest.raises(ValueError, match="received overfit_pct: a DataLoader whose order it changes"):
@@ -680,6 +742,10 @@ class Keeping(nn.Module):
         return (output * self.kept).mean()
 
 
+def weighed_elsewhere(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return output.mean(), torch.ones((), device="meta")
+
+
 class OwnSchedule(lr_scheduler.StepLR):
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer, 1)
@@ -721,6 +787,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
             )
         },
         "callbacks: LRScheduler with a scheduler",
+    ),
+    "a loss whose weight is elsewhere": (
+        {"loss": weighed_elsewhere},
+        {},
+        "one whose weight is on meta, where fit does not read it",
     ),
     "a sum": ({"loss": nn.CrossEntropyLoss(reduction="sum")}, {}, r"compile\(loss=\.\.\.\): one with reduction"),
     "several losses": ({"loss": ["mse"]}, {}, r"compile\(loss=\.\.\.\): none, or one for each"),

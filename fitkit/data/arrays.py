@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from fitkit.batch import Placed, Share
+from fitkit.batch import Placed, Share, unpack
 from fitkit.data.batches import Batches
 from fitkit.data.inputs import Input
 from fitkit.data.rows import Rows, TensorRows, as_rows, is_array, nonfinite_rows
@@ -211,6 +211,11 @@ class ArrayBatches(Batches):
         searched = map(nonfinite_rows, self._rows, self._arguments)
         found = [sentence for sentence in searched if sentence is not None]
         return f"The data hold NaN or infinity: {'; '.join(found)}." if found else None
+
+    def some_targets(self) -> Any:
+        samples = min(self._batch_size, self.samples)
+        leaves = next(zip(*(_cut(rows, 0, samples, None, samples) for rows in self._rows), strict=True))
+        return unpack(leaves if self._build is None else self._build(leaves))[1]
 
     def _order(self) -> Tensor | None:
         """This pass's permutation, from the same draws as ``iter(DataLoader(...))`` and its RandomSampler."""

@@ -116,6 +116,9 @@ class Batches(abc.ABC):
         """A sentence that says where the data hold NaN or infinity; None where they do not, or only a batch tells."""
         return None
 
+    def some_targets(self) -> Any:  # noqa: B027 (of most kinds only a batch tells)
+        """The targets of some samples as a batch has them; None where only a batch tells. Nothing is drawn for it."""
+
     def in_large_batches(self) -> Batches:
         """The same data in larger batches, where nobody chose their size and the numbers do not depend on it."""
         return self
@@ -212,22 +215,12 @@ class EpochPlan:
         return self._batches
 
     @property
-    def limit(self) -> int | None:
-        """Batches in an epoch where that is not one pass."""
-        return self._limit
-
-    @property
     def sizes(self) -> tuple[int, int] | None:
         """Samples in an epoch's batches, and in its last one; None where the data does not tell."""
         if self._batches.extent is None or self.length is None:
             return None
         samples, size = self._batches.extent
         return min(size, samples), min(size, samples - (self.length - 1) * size)
-
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """As `Batches.generators`."""
-        return self._batches.generators
 
     def check_epochs(self, epochs: int) -> None:
         """Refuses one-shot data for several passes, before the first batch."""

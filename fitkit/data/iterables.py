@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 
+from fitkit.batch import unpack
 from fitkit.data.batches import Batches, keeps_its_place, known_length
 from fitkit.data.rows import with_tensors
 
@@ -24,9 +25,14 @@ class IterableBatches(Batches):
         self._iterable = iterable
         self._dtype = dtype
         self.length = known_length(iterable)
+        self._first = iterable[0] if isinstance(iterable, (list, tuple)) and iterable else None
+        self.parts = len(self._first) if type(self._first) is tuple and len(self._first) <= 3 else None
 
     def __iter__(self) -> Iterator[Any]:
         return (with_tensors(batch, self._dtype) for batch in self._iterable)
+
+    def some_targets(self) -> Any:
+        return None if self.parts is None else unpack(with_tensors(self._first, self._dtype))[1]
 
     @property
     def source(self) -> Any:

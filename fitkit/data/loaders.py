@@ -20,6 +20,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
     default_collate,
 )
@@ -52,6 +53,7 @@ class LoaderBatches(Batches):
         self._dtype = dtype
         self._cast = cast
         self.length = known_length(loader)
+        self.parts = known_parts(loader)
         # torch stacks samples into new memory; workers' memory is better given back.
         is_plain = type(loader) is DataLoader and loader.num_workers == 0
         self.owned = is_plain and loader.collate_fn is default_collate and loader.batch_sampler is not None
@@ -144,6 +146,9 @@ class LoaderBatches(Batches):
     @property
     def generators(self) -> list[torch.Generator]:
         return own_generators(self._loader)
+
+    def some_targets(self) -> Any:
+        return some_targets(self._loader)
 
     @property
     def source(self) -> Any:
@@ -264,6 +269,24 @@ class _Rest:
 
     def __len__(self) -> int:
         return len(self._sampler)
+
+
+def known_parts(loader: DataLoader[Any]) -> int | None:
+    """How many parts each batch has, where the loader stacks the rows of tensors; None where only a batch tells."""
+    dataset: Any = loader.dataset
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    if type(dataset) is not TensorDataset or loader.collate_fn is not default_collate or loader.batch_sampler is None:
+        return None
+    return len(dataset.tensors) if len(dataset.tensors) <= 3 else None
+
+
+def some_targets(loader: DataLoader[Any]) -> Any:
+    """The targets of the first samples, where the loader stacks the rows of tensors."""
+    dataset: Any = loader.dataset
+    if type(dataset) is not TensorDataset or (known_parts(loader) or 0) < 2:
+        return None
+    return dataset.tensors[1][: loader.batch_size]
 
 
 def own_generators(loader: DataLoader[Any]) -> list[torch.Generator]:

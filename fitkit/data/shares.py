@@ -55,6 +55,9 @@ class SharedBatches(Batches):
     def nonfinite(self) -> str | None:
         return self._whole.nonfinite()
 
+    def some_targets(self) -> Any:
+        return self._whole.some_targets()
+
     @property
     def inputs(self) -> Sequence[Input]:
         return self._whole.inputs

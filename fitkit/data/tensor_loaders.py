@@ -25,7 +25,7 @@ from torch.utils.data import (
 from fitkit.batch import Share
 from fitkit.data.arrays import BATCHES_PER_CHUNK, BYTES_PER_CHUNK
 from fitkit.data.batches import Batches
-from fitkit.data.loaders import LoaderBatches, own_generators
+from fitkit.data.loaders import LoaderBatches, known_parts, own_generators, some_targets
 from fitkit.data.shares import counted
 from fitkit.distributed import Processes
 
@@ -71,6 +71,7 @@ class TensorLoaderBatches(Batches):
         self._loader = loader
         self._dtype = dtype
         self.length = len(loader)
+        self.parts = known_parts(loader)
 
     def __iter__(self) -> Iterator[Any]:
         return self.after(0)
@@ -108,6 +109,9 @@ class TensorLoaderBatches(Batches):
     @property
     def generators(self) -> list[torch.Generator]:
         return own_generators(self._loader)
+
+    def some_targets(self) -> Any:
+        return some_targets(self._loader)
 
     def _indices(self) -> Iterator[list[int]]:
         self._draw()

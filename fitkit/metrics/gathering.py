@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fitkit._types import OutputMeaning, Structure
+from fitkit.errors import check_integer, show
 from fitkit.metrics.names import NamedMetric
 from fitkit.metrics.readings import (
     Given,
@@ -26,7 +27,7 @@ from fitkit.metrics.readings import (
     read_classes,
     read_values,
 )
-from fitkit.metrics.states import Keeper, apart, join_into, load_into, state_of
+from fitkit.metrics.states import Keeper, apart, check_grown, join_into, load_into, state_of
 
 # How many batches wait, and how many elements they hold together at most: half a MB of float32. On the CPU a batch of
 # more than CACHED_ELEMENTS does not wait: while it is in the cache, looking at it costs less than laying it aside.
@@ -257,18 +258,38 @@ class Gathering:
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on where the state was made."""
         self.reset()
-        if not state["samples"]:
+        samples = check_integer("samples", state["samples"], least=0)
+        if not samples:
             return
         self._build(Reading(**state["reading"]))
-        self._samples = state["samples"]
-        self._batch_bytes = state.get("batch_bytes", 0)
+        self._samples = samples
+        self._batch_bytes = check_integer("batch_bytes", state.get("batch_bytes", 0), least=0)
         self._held = [tuple(part.to(self._device) for part in rows) for rows in state.get("held", ())]
         self._held_elements = sum(part.numel() for rows in self._held for part in rows)
         if state.get("shapes") is not None:
             output, target, dtype = state["shapes"]
-            self._note(torch.empty(output, device="meta"), torch.empty(target, dtype=dtype, device="meta"))
+            pair = (torch.empty(output, device="meta"), torch.empty(target, dtype=dtype, device="meta"))
+            if self._read(self._names, *pair, self._meaning) != self._reading:
+                raise ValueError(
+                    f"Expected how batches of shapes {state['shapes']} are read, received {self._reading}."
+                )
+            self._note(*pair)
+            self._check_held(*self._reading.align(*pair))
         for metric, kept in zip(self._keepers.values(), state["metrics"], strict=True):
+            check_grown(kept, metric.metric_state)
             load_into(metric, kept, self._device)
+
+    def _check_held(self, output: Tensor, target: Tensor) -> None:
+        """Refuses rows that wait and are not like these."""
+        like = (output, target, target) if self._weighted else (output, target)
+        for rows in self._held:
+            if [part.ndim for part in rows] != [part.ndim for part in like] or len(set(map(len, rows))) > 1:
+                raise ValueError(f"Expected {len(like)} tensors of as many rows each, received {show(rows)}.")
+
+    def check_loaded(self) -> None:
+        """Refuses a state that no values come of, before more is added to it."""
+        if any(value.shape for value in self.compute(self.keys).values()):
+            raise ValueError("Expected sums of one number each.")
 
     def compute_across(self, states: Sequence[dict[str, Any]], keys: Collection[str]) -> dict[str, Tensor]:
         """The values over the data of all processes, on each of them, from the states of all."""

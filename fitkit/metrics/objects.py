@@ -21,7 +21,7 @@ from fitkit.errors import show
 from fitkit.metrics.gathering import Gathering
 from fitkit.metrics.names import NamedMetric
 from fitkit.metrics.readings import weighed
-from fitkit.metrics.states import load_into
+from fitkit.metrics.states import check_grown, load_into
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -148,8 +148,12 @@ class TorchmetricsMetric:
     def load_state(self, state: dict[str, Any]) -> None:
         self.reset()
         if state["has_data"]:
+            check_grown(state["metric"], self._metric.state_dict())
             load_into(self._metric, state["metric"], self._device)
             self._has_data = True
+
+    def check_loaded(self) -> None:
+        """Nothing is computed: a user's metric may need more data than there is yet."""
 
     def compute_across(self, states: Sequence[dict[str, Any]], keys: Collection[str]) -> dict[str, Tensor]:
         here = self._has_data

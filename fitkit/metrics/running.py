@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -131,12 +132,33 @@ class RunningMetrics:
         """Goes on where the state was made.
 
         Raises:
-            ValueError: the state is of other metrics.
+            ValueError: the state is of other metrics, or of none; it names the metrics.
         """
         if list(state["names"]) != self.names:
             raise ValueError(f"Expected the running values of {self.names}, received those of {list(state['names'])}.")
         for (_, part), kept in zip(self._parts, state["parts"], strict=True):
-            part.load_state(kept)
+            with _naming(part):
+                part.load_state(kept)
+
+    def check_loaded(self) -> None:
+        """Refuses a state of a file that no values come of; it is called once, after `load_state_dict`.
+
+        Raises:
+            ValueError: it names the metrics.
+        """
+        for _, part in self._parts:
+            with _naming(part):
+                part.check_loaded()
+
+
+@contextmanager
+def _naming(part: Part) -> Iterator[None]:
+    """Says for whatever is raised about the state of metrics which they are."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"the running values of {', '.join(map(repr, part.keys))} are none: {kind}{error}") from error
 
 
 def _gather(states: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

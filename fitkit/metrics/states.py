@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Union
@@ -12,6 +12,7 @@ import torch
 
 from fitkit.batch import mapped, tensors
 from fitkit.device import sum_dtype
+from fitkit.errors import show
 from fitkit.metrics.weighted_mean import WeightedMean
 
 if TYPE_CHECKING:
@@ -49,6 +50,32 @@ def load_into(metric: Keeper | MetricCollection, state: dict[str, Any], device: 
     """Gives a metric a copy of such a state, which may be updated in place in and out of an inference_mode."""
     with torch.inference_mode(False):
         metric.load_state_dict(mapped(lambda tensor: tensor.to(device, copy=True), state))
+
+
+def check_grown(found: Mapping[str, Any], empty: Mapping[str, Any]) -> None:
+    """Refuses states that those of a metric without data do not become: of another kind, number type or shape.
+
+    Args:
+        found: what a file holds.
+        empty: the states before any data. What is neither tensor nor list is not looked at.
+
+    Raises:
+        ValueError: a state is missing, or none of that metric.
+    """
+    for name, before in empty.items():
+        state = found.get(name)
+        if isinstance(before, list):
+            fits = isinstance(state, list)
+        elif isinstance(before, torch.Tensor):
+            fits = (
+                isinstance(state, torch.Tensor)
+                and torch.can_cast(before.dtype, state.dtype)
+                and torch.broadcast_shapes(before.shape, state.shape) == state.shape
+            )
+        else:
+            continue
+        if not fits:
+            raise ValueError(f"Expected what {show(before)} becomes as {name}, received {show(state)}.")
 
 
 def join_into(metric: Keeper, states: Sequence[dict[str, Any]], device: torch.device) -> None:

@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fitkit.batch import count_samples, forward, unpack
+from fitkit.computation import Compiled, transfer_of
+from fitkit.data import Batches
+from fitkit.device import autocasting, copy_back, kept_modes
 from fitkit.loss_names import CLASS_LOSSES
 from fitkit.losses import Loss
 from fitkit.script.expressions import importable, literal, module_expression, unknown
-from fitkit.script.sources import Source, may_be_ignored, some_class
+from fitkit.script.sources import Source, first_batch, may_be_ignored, some_class
 
 # Longer lists of class weights do not belong into a script that is to be read.
 MOST_CLASSES = 100
@@ -26,24 +30,30 @@ class LossText:
     """The loss in a script.
 
     Attributes:
-        plain: the expression of a batch's loss.
+        plain: the lines of a batch's loss.
         items: the lines of it where samples are weighted.
         weight: the expression of what the loss is a mean over.
-        ignores: whether a batch may have no target at all.
+        most: the expression of the most that a batch could weigh, where one may weigh nothing; else empty.
         constants: lines that the script begins with.
         imports: what is imported from where it lives.
     """
 
-    plain: str
+    plain: list[str]
     items: list[str]
     weight: str
-    ignores: bool = False
+    most: str = ""
     constants: list[str] = field(default_factory=list)
     imports: list[tuple[str, str]] = field(default_factory=list)
 
 
-def loss_text(loss: Loss, sources: Sequence[Source], *, bf16: bool, device: torch.device) -> LossText:
+def loss_text(loss: Loss, sources: Sequence[Source], compiled: Compiled, data: Batches) -> LossText:
     """How a script computes a compiled loss.
+
+    Args:
+        loss: of the one output.
+        sources: of the batches that it is computed on.
+        compiled: whose loss it is.
+        data: what is trained on; a loss of the user's is looked at on a first batch.
 
     Raises:
         ValueError: the loss is one that a script cannot import or write.
@@ -51,11 +61,11 @@ def loss_text(loss: Loss, sources: Sequence[Source], *, bf16: bool, device: torc
     if loss.adds_up:
         raise unknown("compile(loss=...)", 'one with reduction="sum"', "Take the mean.")
     if loss.built_in is None:
-        return _own(loss, sources)
+        return _own(loss, sources, compiled, data)
     function = f"F.{loss.built_in.function.__name__}"
-    options, constants = _options(loss, device)
-    target = _target(loss, sources[0].y, bf16=bf16)
-    plain = f"{function}({', '.join(['output', target, *options])})"
+    options, constants = _options(loss, compiled.device)
+    target = _target(loss, sources[0].y, bf16=compiled.precision == "bf16-mixed")
+    plain = f"loss = {function}({', '.join(['output', target, *options])})"
     items = f"{function}({', '.join(['output', target, *options, 'reduction=' + chr(34) + 'none' + chr(34)])})"
     module: Any = loss.module
     ignored = getattr(module, "ignore_index", None)
@@ -64,7 +74,7 @@ def loss_text(loss: Loss, sources: Sequence[Source], *, bf16: bool, device: torc
     one_a_sample = isinstance(module, CLASS_LOSSES) and sources[0].y.dim() == 1
     factor = "w" if one_a_sample else "w.view(-1, *[1] * (items.dim() - 1))"
     lines = [f"items = {items}", f"loss = (items * {factor}).sum() / {weight}"]
-    return LossText(plain, lines, weight, ignores, constants)
+    return LossText([plain], lines, weight, "y.numel()" if ignores else "", constants)
 
 
 def class_weight_text(weights: dict[int, float], source: Source, loss: Loss, device: torch.device) -> tuple[str, str]:
@@ -83,11 +93,8 @@ def class_weight_text(weights: dict[int, float], source: Source, loss: Loss, dev
     return f"CLASS_WEIGHT = torch.tensor({table}){on}", f"CLASS_WEIGHT[{index}]"
 
 
-def _own(loss: Loss, sources: Sequence[Source]) -> LossText:
-    """A function or module of the user's, imported from where it lives.
-
-    As in fit, several numbers mean their mean, which of one is itself; it is weighed by samples.
-    """
+def _own(loss: Loss, sources: Sequence[Source], compiled: Compiled, data: Batches) -> LossText:
+    """A function or module of the user's, imported from where it lives."""
     advice = "Move it into a file that can be imported."
     if any(source.weighted for source in sources):
         raise unknown("sample_weight", "with a loss of your own", "Use a loss by name, or write the loop by hand.")
@@ -95,13 +102,52 @@ def _own(loss: Loss, sources: Sequence[Source]) -> LossText:
         found = importable(loss.call)
         if found is None:
             raise unknown("compile(loss=...)", "a function that cannot be imported by its name", advice)
-        return LossText(f"{found[1]}(output, y).mean()", [], "len(y)", imports=[found])
-    text, found = module_expression(loss.module), importable(type(loss.module))
-    if text is None or found is None or loss.module.state_dict():
+        text = _own_text(f"{found[1]}(output, y)", *_looked_at(loss, compiled, data))
+        text.imports.append(found)
+        return text
+    made, found = module_expression(loss.module), importable(type(loss.module))
+    if made is None or found is None or loss.module.state_dict():
         raise unknown("compile(loss=...)", f"a {type(loss.module).__name__} that a script cannot make anew", advice)
-    if text.startswith("nn."):
-        return LossText("loss_function(output, y).mean()", [], "len(y)", constants=[f"loss_function = {text}"])
-    return LossText("loss_function(output, y).mean()", [], "len(y)", False, [f"loss_function = {text}"], [found])
+    text = _own_text("loss_function(output, y)", *_looked_at(loss, compiled, data))
+    text.constants.append(f"loss_function = {made}")
+    if not made.startswith("nn."):
+        text.imports.append(found)
+    return text
+
+
+def _own_text(call: str, returned: Any, size: int) -> LossText:
+    """The text of what is computed by a call that returned this for a batch of that size.
+
+    As in fit, a value comes with its weight or is weighed by samples, and several values are weighed by their number.
+    """
+    if isinstance(returned, tuple) and len(returned) == 2:
+        weight = returned[1]
+        if isinstance(weight, torch.Tensor) and not weight.is_cpu:
+            what = f"one whose weight is on {weight.device}, where fit does not read it"
+            raise unknown("compile(loss=...)", what, "Return the weight as a number.")
+        number = "weight" if type(weight) in (int, float) else "float(weight)"
+        return LossText([f"loss, weight = {call}"], [], number, "len(y)")
+    if isinstance(returned, torch.Tensor) and returned.dim() > 1 and returned.shape[0] == size:
+        return LossText([f"items = {call}", "loss = items.mean()"], [], "items.numel()")
+    return LossText([f"loss = {call}.mean()"], [], "len(y)")
+
+
+def _looked_at(loss: Loss, compiled: Compiled, data: Batches) -> tuple[Any, int]:
+    """What a loss of the user's returns for a first batch, and the size of that; the module stays as it is."""
+    x, y, _ = unpack(transfer_of(compiled)(first_batch(data)).on_device)
+    module = compiled.module
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    def compute() -> Any:
+        return loss.call(forward(module, x), y)
+
+    with kept_modes(module):
+        if not module.training:
+            module.train()
+        try:
+            return autocasting(compute, compiled.precision, compiled.device)(), count_samples(x, y)
+        finally:
+            copy_back(buffers)
 
 
 def _options(loss: Loss, device: torch.device) -> tuple[list[str], list[str]]:

@@ -73,7 +73,7 @@ def source_of(plan: EpochPlan, given: Any, name: str, limit: str | None, counted
         raise unknown(argument, "data without a length, or that can be read once", "Pass a DataLoader, or arrays.")
     arguments = _loader_arguments(data)
     fills_in = arguments is None or _bytes(data) > MOST_BYTES
-    x, y, w = unpack(_first(data, whole=not fills_in))
+    x, y, w = unpack(first_batch(data) if fills_in else _whole(data))
     inputs, keywords, tensors = _inputs(x, argument)
     if not isinstance(y, Tensor) or not isinstance(w, (Tensor, type(None))):
         raise unknown(argument, "batches that are not (x, y) with one tensor y", "Write the loop by hand.")
@@ -132,12 +132,15 @@ def _bytes(data: Any) -> int:
     return data.nbytes if isinstance(data, ArrayBatches) else sum(each.nbytes for each in data.loader.dataset.tensors)
 
 
-def _first(data: Any, *, whole: bool) -> Any:
-    """All the data as one batch, or its first batch; random numbers that this draws are put back by the caller."""
-    if whole and isinstance(data, ArrayBatches):
-        data = data.in_order().resized(data.samples)
-    elif whole:
-        return tuple(data.loader.dataset.tensors)
+def _whole(data: Any) -> Any:
+    """All the data as one batch."""
+    if isinstance(data, ArrayBatches):
+        return first_batch(data.in_order().resized(data.samples))
+    return tuple(data.loader.dataset.tensors)
+
+
+def first_batch(data: Any) -> Any:
+    """The first batch of an epoch; random numbers that this draws are put back by `Model.to_script`."""
     first = next(iter(data))
     return first.on_device if isinstance(first, Placed) else first
 

@@ -91,7 +91,7 @@ for epoch in range($epochs):
     norms = []  #? norms
     for $batch in $training_batches:  #? not windows
         loss, weight = compute($given)  #? not windows
-        if not weight:  # no target in this batch  #? not windows ignores
+        if not weight:  # nothing in this batch counts  #? not windows ignores
             continue  #? not windows ignores
         optimizer.zero_grad()  #? not windows
         loss.backward()  #? not windows

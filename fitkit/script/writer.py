@@ -128,12 +128,11 @@ class _Writer:
             self.sources.append(source_of(run.validation.batches, given_data, "validation", limit, False))
         loss = compiled.losses.losses[0]
         assert loss is not None  # the only one
-        bf16, device = compiled.precision == "bf16-mixed", compiled.device
-        self._loss: LossText = loss_text(loss, self.sources, bf16=bf16, device=device)
+        self._loss: LossText = loss_text(loss, self.sources, compiled, run.batches.data)
         self._class_weight = ""
         if given.class_weight is not None:
             weights = {int(key): float(value) for key, value in given.class_weight.items()}
-            constant, self._class_weight = class_weight_text(weights, training, loss, device)
+            constant, self._class_weight = class_weight_text(weights, training, loss, compiled.device)
             self._loss.constants.append(fold(constant))
         self._heard: Listeners = listeners_of(run.callbacks, self._optimizer, self._epochs)
         self._module_text, of_module = module_line(self._module)
@@ -184,7 +183,7 @@ class _Writer:
             "sets_rates": heard.rate is not None,
             "norms": norms,
             "windows": self._windows,
-            "ignores": self._loss.ignores,
+            "ignores": bool(self._loss.most),
             "raises": flags.on_nonfinite == "raise",
             "breaks": flags.on_nonfinite == "stop",
             "schedules_epochs": bool(heard.by_epoch),
@@ -238,7 +237,7 @@ class _Writer:
             "batch": f"({training.batch})" if self._windows else training.batch,
             "training_batches": training.batches,
             "given": training.batch + (f", {self._class_weight}" if self._class_weight else ""),
-            "first_weight": "(weight or y.numel())" if loss.ignores else "weight",
+            "first_weight": f"(weight or {loss.most})" if loss.most else "weight",
             "validates_now": _frequency(flags.validation_freq),
             "epoch_schedules": "\n".join(heard.by_epoch),
             "plateau_schedules": "\n".join(heard.plateau),
@@ -267,11 +266,13 @@ class _Writer:
         called = "module" if self._compiled.forward is self._module else "compiled"
         lines = [f"output = {called}({given})"]
         if not any(weighted):
-            lines.append(f"loss = {self._loss.plain}")
+            lines += self._loss.plain
         elif all(weighted):
             lines += self._loss.items
         else:
-            lines += ["if w is None:", f"    loss = {self._loss.plain}", "else:"]
+            lines.append("if w is None:")
+            lines += [f"    {line}" for line in self._loss.plain]
+            lines.append("else:")
             lines += [f"    {line}" for line in self._loss.items]
         return "\n".join(fold(line, room=8) for line in lines)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
 from fitkit._types import OutputMeaning
 from fitkit.metrics import CompiledMetrics, RunningMetrics
+from fitkit.metrics.states import check_grown
 
 CPU = torch.device("cpu")
 CLASSES = OutputMeaning("logits", -100, classes=True)
@@ -147,6 +150,71 @@ def test_a_state_of_other_metrics_is_refused() -> None:
     other = CompiledMetrics(["mae"]).start([OutputMeaning()], CPU)
     with pytest.raises(ValueError, match=r"Expected the running values of \['mae'\], received those of \['accuracy'"):
         other.load_state_dict(start().state_dict())
+
+
+def load(running: RunningMetrics, state: dict[str, Any]) -> None:
+    """As a run that goes on from a file does."""
+    running.load_state_dict(state)
+    running.check_loaded()
+
+
+def changed(state: Any, place: Sequence[Any], value: Any) -> Any:
+    """The state with another value at a place."""
+    if not place:
+        return value
+    first, *rest = place
+    state = state.copy()
+    state[first] = changed(state[first], rest, value)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (["samples"], torch.tensor(8), "Expected an integer of at least 0, received samples="),
+        (["samples"], -1, "Expected an integer of at least 0, received samples=-1"),
+        (["samples"], math.nan, "TypeError: Expected an integer"),
+        (["reading", "columns"], 1.5, "received Reading"),
+        (["reading", "ignore_index"], "text", "received Reading"),
+        (["shapes"], ((8,), (8,), torch.int64), "expect class indices"),
+        (["held"], None, "TypeError: "),
+        (["held", 0, 0], torch.zeros(3), "Expected 2 tensors of as many rows each"),
+        (["held", 0, 0], torch.zeros(3, 3), "Expected 2 tensors of as many rows each"),
+        (["held", 0], [], "Expected 2 tensors of as many rows each"),
+        (["metrics", 0, "total"], torch.tensor(True), "Expected what tensor"),
+        (["metrics", 0], {}, "Expected what .* becomes as total, received None"),
+        (["metrics", 1, "tp"], torch.zeros(5, dtype=torch.float64), "RuntimeError: "),
+        (["metrics", 2, "preds"], torch.zeros(8, 3), r"Expected what \[\] becomes as preds"),
+        (["metrics", 2, "preds", 0], torch.zeros(2), "Tensors must have same number of dimensions"),
+    ],
+)
+def test_a_state_of_no_values_is_refused_by_the_metrics_names(place: list[Any], value: Any, words: str) -> None:
+    first, resumed = start(), start()
+    for seed in (0, 1):
+        first.update(*batch(seed))
+    with pytest.raises(ValueError, match=f"the running values of 'accuracy', 'f1', 'auroc' are none: .*{words}"):
+        load(resumed, changed(first.state_dict(), ["parts", 0, *place], value))
+
+
+def test_a_state_of_several_numbers_where_one_is_logged_is_refused() -> None:
+    first, resumed = (CompiledMetrics(["rmse"]).start([OutputMeaning()], CPU) for _ in range(2))
+    first.update([torch.zeros(8)], [torch.ones(8)], None)
+    state = changed(first.state_dict(), ["parts", 0, "metrics", 0, "total"], torch.ones(1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="the running values of 'rmse' are none: Expected sums of one number each"):
+        load(resumed, state)
+
+
+@pytest.mark.parametrize("value", [None, 1, torch.tensor(True), []], ids=repr)
+def test_a_state_of_ones_own_metric_that_is_no_sum_is_refused(value: Any) -> None:
+    metrics = CompiledMetrics([MeanSquaredError()])
+    first, resumed = (metrics.start([OutputMeaning()], CPU) for _ in range(2))
+    first.update([torch.zeros(8)], [torch.ones(8)], None)
+    with pytest.raises(ValueError, match="the running values of 'mean_squared_error' are none: "):
+        load(resumed, changed(first.state_dict(), ["parts", 0, "metric", "total"], value))
+
+
+def test_states_that_are_neither_tensors_nor_lists_are_left_to_the_metric() -> None:
+    check_grown({"kept": "text"}, {"kept": 1, "missing": None})
 
 
 def test_each_output_has_its_own_metrics_and_meaning() -> None:
