@@ -7,6 +7,7 @@ is an order of its own in sets of strings, which forks share: tests where that m
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import random
@@ -16,16 +17,17 @@ import sys
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
-# What takes time to import, in all that the scripts use.
+# What takes time to import, in all that the scripts use; torch's optimizers import torch._dynamo.
 IMPORTED = (
-    *("numpy", "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torchmetrics.classification"),
-    *("fitkit", "fitkit.callbacks"),
+    *("numpy", "torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
+    *("torchmetrics.classification", "fitkit", "fitkit.callbacks"),
 )
 
 
 def main() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # or each fork would look through all of it, and copy it
     listener = Listener(backlog=8)
     print(listener.address, flush=True)
     while True:
@@ -34,6 +36,7 @@ def main() -> None:
         if job is None:
             break
         if os.fork() == 0:
+            listener.close()
             return run(connection, **job)
         connection.close()
     while True:
