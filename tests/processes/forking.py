@@ -46,9 +46,7 @@ def main() -> None:
             return
 
 
-def run(
-    connection: Connection, command: list[str], processes: int, environment: dict[str, str], output: str
-) -> None:
+def run(connection: Connection, command: list[str], processes: int, environment: dict[str, str], output: str) -> None:
     """In a fork, which forks the workers: says its own id, and how they have ended. A worker returns from here too.
 
     Args:
