@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -414,7 +415,8 @@ def refused(call: Callable[[fitkit.Model], Any], model: fitkit.Model, message: s
 
 
 def identify(value: Any) -> str | None:
-    return str(sorted(value.items(), key=str))[:70] if isinstance(value, dict) else None
+    """The arguments, without the addresses of objects, so that a test has the same name in each process."""
+    return re.sub(" at 0x[0-9a-f]+", "", str(sorted(value.items(), key=str)))[:70] if isinstance(value, dict) else None
 
 
 @pytest.mark.parametrize(("arguments", "message"), FIT, ids=identify)

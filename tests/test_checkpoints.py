@@ -194,7 +194,9 @@ def test_an_optimizer_goes_on_from_its_saved_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [np.longdouble(1), np.zeros(2), defaultdict(list), frozenset(), range(2), network], ids=str
+    "value",
+    [np.longdouble(1), np.zeros(2), defaultdict(list), frozenset(), range(2), network],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_could_not_be_loaded_safely_is_refused_when_saved(tmp_path: Path, value: object) -> None:
     with pytest.raises(TypeError, match=re.escape("state['callbacks'][1]['x']=")):

@@ -289,7 +289,9 @@ class Stream(IterableDataset[Any]):
 
 
 @pytest.mark.parametrize(
-    "data", [(X, Y), TensorDataset(X, Y), DataLoader(Stream(), 16), [(X, Y)], ((X, Y) for _ in range(30))], ids=str
+    "data",
+    [(X, Y), TensorDataset(X, Y), DataLoader(Stream(), 16), [(X, Y)], ((X, Y) for _ in range(30))],
+    ids=lambda data: type(data).__name__,
 )
 def test_any_data_of_fit_is_read_as_often_as_needed(data: Any) -> None:
     assert len(compiled().find_learning_rate(data, steps=30, end=1e-4, verbose=0).rates) == 30

@@ -9,7 +9,6 @@ import sys
 import textwrap
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -270,32 +269,26 @@ def test_a_full_disk_leaves_the_backup_before_intact_and_the_run_healthy(tmp_pat
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def terminated_run(folder: Path, hook: str, *, armed: bool) -> subprocess.CompletedProcess[str]:
-    if armed:
-        (folder / "armed").touch()
-    return run_script(
-        f"""
-        import os, signal, torch, fitkit
-        from fitkit.callbacks import BackupAndRestore, LambdaCallback
+TERMINATED = """
+import os, signal, torch, fitkit
+from fitkit.callbacks import BackupAndRestore, LambdaCallback
 
-        torch.manual_seed(0)
-        x = torch.randn(12, 2)
-        module = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
-        model = fitkit.Model(module, device="cpu")
-        model.compile("adam", "mse")
+torch.manual_seed(0)
+x = torch.randn(12, 2)
+module = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+model = fitkit.Model(module, device="cpu")
+model.compile("adam", "mse")
 
-        def end(index, logs):
-            if index == 1 and len(model.history) == 1 and os.path.exists("armed"):
-                os.unlink("armed")
-                os.kill(os.getpid(), signal.SIGTERM)
+def end(index, logs):
+    if index == 1 and len(model.history) == 1 and os.path.exists("armed"):
+        os.unlink("armed")
+        os.kill(os.getpid(), signal.SIGTERM)
 
-        model.fit((x, x[:, :1]), epochs=3, batch_size=4, verbose=0, validation_data=(x, x[:, :1]),
-                  validation_batch_size=4, callbacks=[
-                      LambdaCallback({hook}=end), BackupAndRestore("backup", save_freq="1h")])
-        print(model.history.history, [p.tolist() for p in module.parameters()])
-        """,
-        folder,
-    )
+model.fit((x, x[:, :1]), epochs=3, batch_size=4, verbose=0, validation_data=(x, x[:, :1]),
+          validation_batch_size=4, callbacks=[
+              LambdaCallback(HOOK=end), BackupAndRestore("backup", save_freq="1h")])
+print(model.history.history, [p.tolist() for p in module.parameters()])
+"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself SIGTERM there")
@@ -308,15 +301,21 @@ def terminated_run(folder: Path, hook: str, *, armed: bool) -> subprocess.Comple
         pytest.param("on_epoch_end", marks=pytest.mark.long),
     ],
 )
-def test_sigterm_finishes_the_step_backs_up_and_ends_the_process_as_ever(tmp_path: Path, hook: str) -> None:
-    (tmp_path / "plain").mkdir()
-    with ThreadPoolExecutor() as beside:
-        undisturbed = beside.submit(terminated_run, tmp_path / "plain", hook, armed=False)
-        ended = terminated_run(tmp_path, hook, armed=True)
-        assert ended.returncode == -signal.SIGTERM, ended.stderr
-        assert "SIGTERM: the run can go on from" in ended.stdout
-        resumed = terminated_run(tmp_path, hook, armed=False)
-    assert resumed.stdout == undisturbed.result().stdout != ""
+def test_sigterm_finishes_the_step_backs_up_and_ends_the_process_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hook: str
+) -> None:
+    script = TERMINATED.replace("HOOK", hook)
+    (tmp_path / "armed").touch()
+    ended = run_script(script, tmp_path)
+    assert ended.returncode == -signal.SIGTERM, ended.stderr
+    assert "SIGTERM: the run can go on from" in ended.stdout
+    outputs = []
+    for folder in (tmp_path, tmp_path / "plain"):  # the first goes on, the other one is undisturbed
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        exec(script, {})
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != ""
 
 
 def test_the_handlers_from_before_come_back(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_collate_function_makes_the_batches_of_every_method() -> None:
         (DataLoader(Pairs()), {"num_workers": 1}, ValueError, "goes with a Dataset"),
         ([torch.ones(4, 1)] * 2, {}, ValueError, "goes with a Dataset"),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, (dict, str)) else type(value).__name__,
 )
 def test_other_options_and_other_data_are_refused(data: Any, options: Any, error: type, message: str) -> None:
     model = Watching()

@@ -11,7 +11,7 @@ import pytest
 
 def run(launch: Any, folder: Path, kills: int) -> list[dict[str, Any]]:
     folder.mkdir()
-    ended = launch("elastic.py", folder, kills, processes=2, options=("--max-restarts=3",))
+    ended = launch("elastic.py", folder, kills, processes=2, options=("--max-restarts=3",), by_torchrun=True)
     assert ended.output.count(f"] attempt {kills}") == 2, ended.output
     assert ended.code == 0
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]

@@ -13,10 +13,12 @@ import torch
 import fitkit
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_in_one_process_ends_all_promptly_with_its_message(launch: Any, tmp_path: Path, failing: int) -> None:
+@pytest.mark.parametrize(("failing", "by_torchrun"), [(0, False), (1, True)])
+def test_an_error_in_one_process_ends_all_promptly_with_its_message(
+    launch: Any, tmp_path: Path, failing: int, by_torchrun: bool
+) -> None:
     began = time.monotonic()
-    ended = launch("endings.py", "an_error", tmp_path, failing, processes=2, seconds=60)
+    ended = launch("endings.py", "an_error", tmp_path, failing, processes=2, seconds=60, by_torchrun=by_torchrun)
     assert ended.code != 0
     assert "ValueError: a bad sample" in ended.output
     assert "This came up in epoch 1 (index 0), batch 4 (index 3)." in ended.output

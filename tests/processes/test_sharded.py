@@ -54,12 +54,13 @@ FIRST = [
 ]
 
 
-def compare(launch: Any, folder: Path, names: list[str], processes: int) -> None:
+def compare(launch: Any, folder: Path, names: list[str], processes: int, *, by_torchrun: bool = False) -> None:
     for each in ("one", "many"):
         (folder / each).mkdir()
     with ThreadPoolExecutor() as pool:
         one = pool.submit(launch, "cases.py", folder / "one", *names, processes=1)
-        many = pool.submit(launch, "cases.py", folder / "many", *names, processes=processes, strategy="fsdp")
+        options = {"processes": processes, "strategy": "fsdp", "by_torchrun": by_torchrun}
+        many = pool.submit(launch, "cases.py", folder / "many", *names, **options)
     assert one.result().code == 0, one.result().output
     assert many.result().code == 0, many.result().output
     expected = json.loads((folder / "one" / "0.json").read_text())
@@ -80,7 +81,7 @@ def test_a_sharded_module_gives_the_numbers_of_one_process(launch: Any, tmp_path
 def test_a_sharded_module_gives_the_numbers_of_one_process_in_every_case(
     launch: Any, tmp_path: Path, processes: int
 ) -> None:
-    compare(launch, tmp_path, SHARDED, processes)
+    compare(launch, tmp_path, SHARDED, processes, by_torchrun=processes == 3)
 
 
 @pytest.fixture(scope="module")
