@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fitkit
 from fitkit.callbacks import Callback
 
-STEPS, BATCH = 60, 64
+STEPS, BATCH = 300, 64
 
 
 def network(width: int) -> nn.Module:
@@ -82,7 +82,7 @@ def by_fitkit(module: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 512])
     arguments = parser.parse_args()
     dist.init_process_group("gloo")

@@ -209,8 +209,10 @@ class Numbers:
         if not self.is_shared:
             return self.values(), self.first_bad()
         self._settle()
-        means, first_bad = joined(gather(self.tally.sums()), self.tally.device)
-        values = {"loss": self.loss(means), **means, **self.metrics.compute(across_processes=True)}
+        everywhere = gather((self.tally.sums(), self.metrics.states()))
+        means, first_bad = joined([sums for sums, _ in everywhere], self.tally.device)
+        measured = self.metrics.compute_across([states for _, states in everywhere])
+        values = {"loss": self.loss(means), **means, **measured}
         return values, first_bad
 
     def loss(self, means: Mapping[str, Tensor]) -> Tensor:

@@ -155,8 +155,8 @@ class Synchronisation:
         """Leaves in the parameters the gradient of the window, the same in all processes."""
         window = self._window
         if self._is_reduced:
-            weight = self._wrapper.module.weight.grad.reshape(())
-            total: float | Tensor = _counted(float(weight)) if weight.is_cpu else weight
+            weight = self._wrapper.module.weight.grad
+            total: float | Tensor = _counted(weight.item()) if weight.is_cpu else weight.reshape(())
             # What only an accelerator knows is not asked for: there is something.
             window.holds_something = isinstance(total, Tensor) or total > 0
             window.weigh([total / self._processes.world])

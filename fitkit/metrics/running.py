@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -94,13 +94,11 @@ class RunningMetrics:
         """How many batches like the latest may wait before `update`, all of them by name."""
         return min((part.room for _, part in self._parts if isinstance(part, Gathering)), default=HELD_BATCHES)
 
-    def compute(self, names: Collection[str] | None = None, *, across_processes: bool = False) -> dict[str, Tensor]:
+    def compute(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """The values over all batches since reset, as 0-d tensors on the device, in the order of `names`.
 
         Args:
             names: the log keys that are wanted; None for all. Others are not computed.
-            across_processes: over the data of all processes of the group, to be called by each of them; False for
-                the data of this process, which waits for no other.
 
         Returns:
             The values by log key; empty when nothing was taken in.
@@ -109,13 +107,22 @@ class RunningMetrics:
             ValueError: a metric of the user's gives something else than one number.
         """
         wanted = set(self.names if names is None else names)
-        parts = [part for _, part in self._parts if wanted.intersection(part.keys)]
-        if across_processes and torch.distributed.is_available() and torch.distributed.is_initialized():
-            everywhere = _gather([mapped(torch.Tensor.cpu, part.state()) for part in parts])
-            states = zip(*everywhere, strict=True)
-            computed = [part.compute_across(of, wanted) for part, of in zip(parts, states, strict=True)]
-        else:
-            computed = [part.compute(wanted) for part in parts]
+        return self._in_order(part.compute(wanted) for _, part in self._parts if wanted.intersection(part.keys))
+
+    def states(self) -> list[dict[str, Any]]:
+        """What `compute_across` needs of this process, on the CPU."""
+        return [mapped(torch.Tensor.cpu, part.state()) for _, part in self._parts]
+
+    def compute_across(self, everywhere: Sequence[list[dict[str, Any]]]) -> dict[str, Tensor]:
+        """The values over the data of several processes, to be called by each of them.
+
+        Args:
+            everywhere: the `states` of each.
+        """
+        of_parts = zip(self._parts, zip(*everywhere, strict=True), strict=True)
+        return self._in_order(part.compute_across(states, self.names) for (_, part), states in of_parts)
+
+    def _in_order(self, computed: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
         values = {name: value for part in computed for name, value in part.items()}
         return {name: values[name] for name in self.names if name in values}
 
@@ -159,10 +166,3 @@ def _naming(part: Part) -> Iterator[None]:
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"the running values of {', '.join(map(repr, part.keys))} are none: {kind}{error}") from error
-
-
-def _gather(states: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The states of all processes, in the order of their ranks."""
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, states)
-    return everywhere

@@ -44,8 +44,14 @@ def batch(seed: int, size: int = 6) -> tuple[list[Tensor], list[Tensor], list[Te
     return [torch.randn(size, 3, generator=generator)], [target], [torch.rand(size, generator=generator)]
 
 
-def numbers(running: RunningMetrics, **arguments: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in running.compute(**arguments).items()}
+def numbers(running: RunningMetrics) -> dict[str, float]:
+    return {name: float(value) for name, value in running.compute().items()}
+
+
+def numbers_of_all(running: RunningMetrics) -> dict[str, float]:
+    everywhere: list[Any] = [None, None]
+    torch.distributed.all_gather_object(everywhere, running.states())
+    return {name: float(value) for name, value in running.compute_across(everywhere).items()}
 
 
 def test_values_come_in_the_order_of_names() -> None:
@@ -260,9 +266,9 @@ def in_one_of_two_processes(rank: int, folder: str) -> None:
         running.update(*batch(0))
         running.update(*batch(1))
         running.compute()  # of this process alone: waits for nobody
-    torch.save(numbers(running, across_processes=True), f"{folder}/{rank}.pt")
+    torch.save(numbers_of_all(running), f"{folder}/{rank}.pt")
     running.update(*batch(2 + rank))
-    torch.save(numbers(running, across_processes=True), f"{folder}/{rank}_later.pt")
+    torch.save(numbers_of_all(running), f"{folder}/{rank}_later.pt")
     torch.distributed.destroy_process_group()
 
 
