@@ -23,7 +23,7 @@ from fitkit.numbers import Numbers
 # How many batches wait; how many elements their outputs and targets have together, so that they are found in the cache;
 # and how many bytes of batches may be kept from other uses by small tensors that wait between them.
 MOST_BATCHES = 64
-MOST_ELEMENTS = 2**15
+MOST_ELEMENTS = 2**18
 MOST_BYTES = 2**23
 
 
