@@ -27,8 +27,8 @@ MOST_ELEMENTS = 2**18
 MOST_BYTES = 2**23
 
 
-class Waiting(NamedTuple):
-    """What a batch leaves for later: nothing that the module or a loader may still write into."""
+class Unjudged(NamedTuple):
+    """A batch before loss and metrics: nothing that the module or a loader may still write into."""
 
     output: Tensor
     target: Tensor
@@ -69,7 +69,7 @@ class JointLosses:
     def begin_epoch(self) -> None:
         """Forgets what waits."""
         self.failed_at: int | None = None
-        self._waiting: list[Waiting] = []
+        self._waiting: list[Unjudged] = []
         # How batches look that may wait, and how many of them.
         self._like: object = None
         self._most = 0
@@ -87,7 +87,7 @@ class JointLosses:
             if len(self._waiting) >= self._most:  # not before: the latest batch's own loss may be asked for
                 self.settle()
             target = y if self._numbers.owns_targets else y.clone()
-            self._waiting.append(Waiting(output.clone(), target, index))
+            self._waiting.append(Unjudged(output.clone(), target, index))
             return True
         self.settle()
         outcome = self._judge(output, y)

@@ -22,14 +22,13 @@ from fitkit.metrics import RunningMetrics
 from fitkit.output_losses import OutputLosses
 from fitkit.windows import weighted_sum
 
-# How many batches wait until they are taken in, one after the other: what is done between two passes of a module finds
-# its code and its data out of the cache, and costs several times what it costs in a row.
-WAITING = 64
+# How many batches are put off, to be added one after the other: what is done between two passes of a module finds its
+# code and its data out of the cache, and costs several times what it costs in a row.
+MOST_PUT_OFF = 64
 
-
-# What a batch leaves for later: loss and weight, its index; where there are metrics output, target and sample weights.
-# The module, the step and a loader write into none of it any more.
-Waiting = tuple[Tensor, float | Tensor, int, Tensor | None, Any, Any]
+# What is kept of a batch that is put off: loss and weight, its index; where there are metrics output, target and sample
+# weights. The module, the step and a loader write into none of it any more.
+PutOff = tuple[Tensor, float | Tensor, int, Tensor | None, Any, Any]
 
 
 @dataclass
@@ -77,17 +76,17 @@ class Numbers:
 
     def __post_init__(self) -> None:
         # Nothing can be refused in a batch that is like the one before, where torch's loss and metrics by name see it.
-        self._may_wait = self.makes_losses and self.several is None and self.metrics.are_by_name
+        self._may_put_off = self.makes_losses and self.several is None and self.metrics.are_by_name
         self._measures = bool(self.metrics.names)
-        self._waiting: list[Waiting] = []
-        # How many batches may wait; where they are measured only those whose output and target have these shapes.
-        self._most = 0
-        self._like: tuple[torch.Size, torch.Size] | None = None
+        self._put_off: list[PutOff] = []
+        # How many batches may be put off; where they are measured only those whose output and target have these shapes.
+        self._most_put_off = 0
+        self._put_off_shapes: tuple[torch.Size, torch.Size] | None = None
 
     def reset(self) -> None:
         """Starts an epoch."""
-        self._waiting.clear()
-        self._most = 0
+        self._put_off.clear()
+        self._most_put_off = 0
         self.tally.reset()
         self.metrics.reset()
         self.last = None
@@ -113,8 +112,8 @@ class Numbers:
         """
         if (self.norms is None) != (state["norms"] is None):
             raise ValueError("Expected a state with gradient norms where they are tracked, and only there.")
-        self._waiting.clear()
-        self._most = 0
+        self._put_off.clear()
+        self._most_put_off = 0
         self.tally.load_state_dict(state["tally"])
         self.metrics.load_state_dict(state["metrics"])
         self.last = None if state["last"] is None else state["last"].to(self.compiled.device)
@@ -130,7 +129,7 @@ class Numbers:
             batch: itself; of the first one the size is looked at.
         """
         loss, weight, _ = outcome.parts[0]
-        if self._most > 1 and (not self._measures or _shapes(outcome) == self._like):
+        if self._most_put_off > 1 and (not self._measures or _shapes(outcome) == self._put_off_shapes):
             self.last = loss = loss.detach()
             output = target = weights = None
             if self._measures:
@@ -141,8 +140,8 @@ class Numbers:
                 )
                 if not self.owns_targets:
                     target, weights = target.clone(), copied(weights)
-            self._waiting.append((loss, weight, index, output, target, weights))
-            if len(self._waiting) >= self._most:
+            self._put_off.append((loss, weight, index, output, target, weights))
+            if len(self._put_off) >= self._most_put_off:
                 self._settle()
             return
         self._settle()
@@ -160,17 +159,17 @@ class Numbers:
             for name, value in outcome.extra.items():
                 number = value.detach().clone().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
                 self.tally.mean(name).add(number.to(self.compiled.device), outcome.weight, index)
-        if self._may_wait:
-            self._most = min(WAITING, self.metrics.room)
-            self._like = _shapes(outcome)
+        if self._may_put_off:
+            self._most_put_off = min(MOST_PUT_OFF, self.metrics.room)
+            self._put_off_shapes = _shapes(outcome)
 
     def _settle(self) -> None:
-        """Takes in what waits, in its order; sums are the same as if it had not waited."""
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
+        """Adds what was put off, in its order; sums are the same as if it had been added at once."""
+        put_off, self._put_off = self._put_off, []
+        if not put_off:
             return
         add, update = self.tally.mean("loss", adds_up=self.adds_up).add, self.metrics.update
-        for loss, weight, index, output, target, sample_weights in waiting:
+        for loss, weight, index, output, target, sample_weights in put_off:
             add(loss, weight, index)
             if output is not None:
                 update([output], [target], sample_weights, are_kept=True)

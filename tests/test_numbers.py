@@ -97,7 +97,7 @@ def test_a_small_view_of_a_large_output_does_not_keep_the_large_one() -> None:
 
     class Sizes(fitkit.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: object = None) -> None:
-            sizes.extend(each[3].untyped_storage().nbytes() for each in step.numbers._waiting)
+            sizes.extend(each[3].untyped_storage().nbytes() for each in step.numbers._put_off)
 
     import fitkit.preparation as house
 
