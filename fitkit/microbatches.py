@@ -27,16 +27,17 @@ def split_by(flags: TrainingFlags, step: TrainStep) -> TrainStep | FixedParts | 
     return FittingParts(step) if isinstance(flags.micro_batch_size, str) else FixedParts(step, flags.micro_batch_size)
 
 
-def report_size(take_batch: object, params: dict[str, Any]) -> None:
+def report_size(flags: TrainingFlags, fitting: FittingParts | None, params: dict[str, Any]) -> None:
     """Notes what a run's micro_batch_size was, in History's params, and says in a line what "auto" found.
 
     Args:
-        take_batch: what took the batches to the training step.
+        flags: the checked arguments.
+        fitting: what found the size, with "auto"; otherwise None.
         params: facts about the run; "micro_batch_size" becomes the samples in a part, None where no batch was split.
     """
-    params["micro_batch_size"] = take_batch.size if isinstance(take_batch, (FixedParts, FittingParts)) else None
-    if isinstance(take_batch, FittingParts) and params["verbose"]:
-        found = "batches fit whole" if take_batch.size is None else f"parts of at most {take_batch.size} samples fit"
+    params["micro_batch_size"] = flags.micro_batch_size if fitting is None else fitting.size
+    if fitting is not None and params["verbose"]:
+        found = "batches fit whole" if fitting.size is None else f"parts of at most {fitting.size} samples fit"
         print_line(f'micro_batch_size="auto": {found} into the memory')
 
 

@@ -356,7 +356,7 @@ class Model:
         )
         processes = processes_of(self._strategy)
         watched = warned_of_untrained(self, self._require_compiled())
-        with self._together(processes), self._fitting(run.progress, run.take_batch, run.history), watched:
+        with self._together(processes), self._fitting(run.progress, run.history), watched:
             loop.fit(run)
         return self.history
 
@@ -850,7 +850,7 @@ class Model:
         return Preparation(self, compiled, self._own_steps, processes_of(self._strategy))
 
     @contextmanager
-    def _fitting(self, progress: Progress, parts: object, history: History) -> Iterator[None]:
+    def _fitting(self, progress: Progress, history: History) -> Iterator[None]:
         """While the fit runs, a save is one of its state; afterwards of how it ended. Says what the run has found."""
         before, self.history = self.history, history
         self.stop_training = False
@@ -869,7 +869,7 @@ class Model:
                 self._ended = progress.ended(error)
             self._latest_input = progress.step.latest_input
             self._columns = columns_of(progress.batches.data.inputs)
-            report_size(parts, self.history.params)
+            report_size(progress.flags, progress.part_size, self.history.params)
 
     @contextmanager
     def _listeners(

@@ -108,17 +108,17 @@ class Preparation:
         history = History()
         history.params = _params(flags, batches, validation_plan, level)
         hooks = self.hooks(chosen, history.params, history, introduces=introduces)
-        parts = split_by(flags, step)
+        splitting = split_by(flags, step)
         facts = _facts(flags, batches, validation_plan, given.class_weight, self.compiled)
         facts["sample_weight"] = None if training.parts is None else training.parts == 3
-        sizes = parts if isinstance(parts, FittingParts) else None
+        part_size = splitting if isinstance(splitting, FittingParts) else None
         noted = self.own.is_subclass or not all(isinstance(each, EarlyStopping) for each in chosen)
         progress = Progress(
-            self.model, self.compiled, flags, facts, step, sizes, batches, validation_plan, chosen, hooks, noted
+            self.model, self.compiled, flags, facts, step, part_size, batches, validation_plan, chosen, hooks, noted
         )
         progress.saved = _saved_state(given.resume_from, chosen, progress)
         validation = validation_plan and self.test_run(validation_plan, hooks)
-        take_batch = taking_shares(parts, step)
+        take_batch = taking_shares(splitting, step)
         return FitRun(self.model, step, batches, hooks, flags, take_batch, validation, chosen, progress, history)
 
     def _check_sharded(self, flags: TrainingFlags, callbacks: Sequence[Callback]) -> None:

@@ -155,3 +155,14 @@ def test_the_size_found_is_noted_also_when_the_run_fails(capsys: pytest.CaptureF
         model.fit(X, Y, batch_size=16, epochs=3, micro_batch_size="auto", callbacks=[stopping], verbose=0)
     assert model.history.params["micro_batch_size"] == 4
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("size", [4, "auto"])
+def test_the_size_is_noted_also_where_processes_share_batches(size: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert _fit(Tight(5), size).params["micro_batch_size"] == 4
+    finally:
+        torch.distributed.destroy_process_group()
