@@ -1,7 +1,7 @@
 """The running numbers of an epoch: kept on the device, summed up late, read only when somebody asks.
 
 `Mean` is one weighted running mean; `Tally` holds those of one run by name; `BatchLogs` is the lazy mapping that
-callbacks are given. Metrics keep their own states (metrics.py); what a number means is not decided here.
+callbacks are given. Metrics keep their own states (metrics/); what a number means is not decided here.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class LoaderBatches(Batches):
         self._dtype = dtype
         self._cast = cast
         self.length = known_length(loader)
-        self.parts = known_parts(loader)
+        self.parts = _known_parts(loader)
         # torch stacks samples into new memory; workers' memory is better given back.
         is_plain = type(loader) is DataLoader and loader.num_workers == 0
         self.owned = is_plain and loader.collate_fn is default_collate and loader.batch_sampler is not None
@@ -148,7 +148,10 @@ class LoaderBatches(Batches):
         return own_generators(self._loader)
 
     def some_targets(self) -> Any:
-        return some_targets(self._loader)
+        dataset: Any = self._loader.dataset
+        if type(dataset) is not TensorDataset or (self.parts or 0) < 2:
+            return None
+        return dataset.tensors[1][: self._loader.batch_size]
 
     @property
     def source(self) -> Any:
@@ -271,7 +274,7 @@ class _Rest:
         return len(self._sampler)
 
 
-def known_parts(loader: DataLoader[Any]) -> int | None:
+def _known_parts(loader: DataLoader[Any]) -> int | None:
     """How many parts each batch has, where the loader stacks the rows of tensors; None where only a batch tells."""
     dataset: Any = loader.dataset
     while type(dataset) is Subset:
@@ -279,14 +282,6 @@ def known_parts(loader: DataLoader[Any]) -> int | None:
     if type(dataset) is not TensorDataset or loader.collate_fn is not default_collate or loader.batch_sampler is None:
         return None
     return len(dataset.tensors) if len(dataset.tensors) <= 3 else None
-
-
-def some_targets(loader: DataLoader[Any]) -> Any:
-    """The targets of the first samples, where the loader stacks the rows of tensors."""
-    dataset: Any = loader.dataset
-    if type(dataset) is not TensorDataset or (known_parts(loader) or 0) < 2:
-        return None
-    return dataset.tensors[1][: loader.batch_size]
 
 
 def own_generators(loader: DataLoader[Any]) -> list[torch.Generator]:

@@ -25,7 +25,7 @@ from torch.utils.data import (
 from fitkit.batch import Share
 from fitkit.data.arrays import BATCHES_PER_CHUNK, BYTES_PER_CHUNK
 from fitkit.data.batches import Batches
-from fitkit.data.loaders import LoaderBatches, known_parts, own_generators, some_targets
+from fitkit.data.loaders import LoaderBatches
 from fitkit.data.shares import counted
 from fitkit.distributed import Processes
 
@@ -69,9 +69,9 @@ class TensorLoaderBatches(Batches):
 
     def __init__(self, loader: DataLoader[Any], dtype: torch.dtype) -> None:
         self._loader = loader
-        self._dtype = dtype
-        self.length = len(loader)
-        self.parts = known_parts(loader)
+        # The same batches the long way, for all that does not depend on the way.
+        self._plain = LoaderBatches(loader, dtype)
+        self.length, self.parts = self._plain.length, self._plain.parts
 
     def __iter__(self) -> Iterator[Any]:
         return self.after(0)
@@ -95,7 +95,7 @@ class TensorLoaderBatches(Batches):
         return counted(begun, processes, self._from)
 
     def facts(self) -> dict[str, Any]:
-        return LoaderBatches(self._loader, self._dtype).facts()
+        return self._plain.facts()
 
     @property
     def loader(self) -> DataLoader[Any]:
@@ -104,14 +104,14 @@ class TensorLoaderBatches(Batches):
 
     @property
     def extent(self) -> tuple[int, int] | None:
-        return LoaderBatches(self._loader, self._dtype).extent
+        return self._plain.extent
 
     @property
     def generators(self) -> list[torch.Generator]:
-        return own_generators(self._loader)
+        return self._plain.generators
 
     def some_targets(self) -> Any:
-        return some_targets(self._loader)
+        return self._plain.some_targets()
 
     def _indices(self) -> Iterator[list[int]]:
         self._draw()
@@ -157,4 +157,4 @@ class TensorLoaderBatches(Batches):
             yield from map(list, zip(*columns, strict=True))
 
     def in_order(self) -> Batches:
-        return LoaderBatches(self._loader, self._dtype).in_order()
+        return self._plain.in_order()
