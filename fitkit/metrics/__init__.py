@@ -7,7 +7,6 @@ of one run. Which names there are, and what each is, stands in names.py. Losses 
 from __future__ import annotations
 
 from fitkit.metrics.compiled import CompiledMetrics
-from fitkit.metrics.names import higher_is_better
 from fitkit.metrics.running import RunningMetrics
 
-__all__ = ["CompiledMetrics", "RunningMetrics", "higher_is_better"]
+__all__ = ["CompiledMetrics", "RunningMetrics"]

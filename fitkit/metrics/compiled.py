@@ -45,15 +45,6 @@ class Entry:
             return self.metric.name
         return type(self.metric).__name__ if is_torchmetrics(self.metric) else _callable_name(self.metric)
 
-    def higher_is_better(self, key: str) -> bool | None:
-        """Whether a larger value is the better one; None where that is not known."""
-        if not is_torchmetrics(self.metric):
-            return self.metric.higher_is_better if isinstance(self.metric, NamedMetric) else None
-        names = collection_names(self.metric)
-        collection: Any = self.metric
-        better = (collection if names is None else collection[names[self.keys.index(key)]]).higher_is_better
-        return better if isinstance(better, bool) else None
-
 
 @final
 class CompiledMetrics:
@@ -145,10 +136,6 @@ class CompiledMetrics:
     def are_means_over_data(self) -> bool:
         """Whether the metrics cannot depend on how the data is cut into batches: they all have names."""
         return all(isinstance(entry.metric, NamedMetric) for entry in self._entries)
-
-    def higher_is_better(self, key: str) -> bool | None:
-        """Whether a larger value under the log key is the better one; None where that is not known."""
-        return next((entry.higher_is_better(key) for entry in self._entries if key in entry.keys), None)
 
     def _entries_of(self, metrics: Any, argument: str, *, weighted: bool) -> list[Entry]:
         if metrics is None:

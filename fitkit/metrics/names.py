@@ -31,7 +31,6 @@ class NamedMetric:
         computed_by: the class in torchmetrics, or None for a mean over items (weighted_mean.py).
         given: what its update is called with.
         tasks: on what kinds of output it is defined.
-        higher_is_better: whether a larger value is the better one.
         arguments: what the class is made with, besides what the reading says.
         read_as: the task that torchmetrics is told, where it is another than the reading's.
         needs_scale: for which tasks the loss must tell whether outputs are logits.
@@ -43,7 +42,6 @@ class NamedMetric:
     computed_by: str | None
     given: Given
     tasks: tuple[Task, ...]
-    higher_is_better: bool
     arguments: dict[str, Any] = field(default_factory=dict)
     read_as: Task | None = None
     needs_scale: tuple[Task, ...] = ()
@@ -83,29 +81,27 @@ MACRO = {"average": "macro"}
 
 def _accuracy(name: str, k: int, tasks: tuple[Task, ...]) -> NamedMetric:
     """The share of hits, which is what MulticlassAccuracy computes as micro."""
-    return NamedMetric(
-        name, None, weighed(lambda rows: rows.hits(k)), tasks, True, needs_scale=("binary", "multilabel")
-    )
+    return NamedMetric(name, None, weighed(lambda rows: rows.hits(k)), tasks, needs_scale=("binary", "multilabel"))
 
 
 def _mean_error(name: str, items: Callable[[Rows], Tensor], **more: Any) -> NamedMetric:
-    return NamedMetric(name, None, weighed(items), ("regression",), False, **more)
+    return NamedMetric(name, None, weighed(items), ("regression",), **more)
 
 
 def _decided(name: str, computed_by: str, tasks: tuple[Task, ...] = LABELS, **more: Any) -> NamedMetric:
-    return NamedMetric(name, computed_by, Rows.labels, tasks, True, needs_scale=("binary", "multilabel"), **more)
+    return NamedMetric(name, computed_by, Rows.labels, tasks, needs_scale=("binary", "multilabel"), **more)
 
 
 def _ranked(name: str, computed_by: str) -> NamedMetric:
-    return NamedMetric(name, computed_by, Rows.scores, LABELS, True, MACRO, needs_scale=("multiclass",))
+    return NamedMetric(name, computed_by, Rows.scores, LABELS, MACRO, needs_scale=("multiclass",))
 
 
 def _error(name: str, computed_by: str, **more: Any) -> NamedMetric:
-    return NamedMetric(name, computed_by, Rows.pair, ("regression",), False, **more)
+    return NamedMetric(name, computed_by, Rows.pair, ("regression",), **more)
 
 
 def _agreement(name: str, computed_by: str, given: Given = Rows.columns, **more: Any) -> NamedMetric:
-    return NamedMetric(name, computed_by, given, ("regression",), True, **more)
+    return NamedMetric(name, computed_by, given, ("regression",), **more)
 
 
 def _absolute(rows: Rows) -> Tensor:
@@ -128,7 +124,7 @@ _ALL = [
     _decided("matthews_corrcoef", "MatthewsCorrCoef"),
     _ranked("auroc", "AUROC"),
     _ranked("average_precision", "AveragePrecision"),
-    NamedMetric("perplexity", "text.Perplexity", Rows.tokens, ("multiclass",), False, needs_scale=("multiclass",)),
+    NamedMetric("perplexity", "text.Perplexity", Rows.tokens, ("multiclass",), needs_scale=("multiclass",)),
     _mean_error("mae", _absolute),
     _mean_error("mse", _squared),
     _mean_error("rmse", _squared, finish=Tensor.sqrt),
@@ -191,15 +187,3 @@ def find_metric(argument: str, name: str) -> NamedMetric:
 def weighable_names() -> list[str]:
     """The names that ``weighted_metrics`` can take."""
     return [name for name, metric in NAMED.items() if metric.takes_weights] + ["top_5_accuracy"]
-
-
-def higher_is_better(name: str) -> bool | None:
-    """Whether a larger value of the metric is the better one; None for what is no metric's name.
-
-    >>> higher_is_better("accuracy"), higher_is_better("mae"), higher_is_better("loss")
-    (True, False, None)
-    """
-    try:
-        return find_metric("name", name).higher_is_better
-    except ValueError:
-        return None

@@ -26,7 +26,7 @@ from fitkit.metrics.states import check_grown, load_into
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
-MEAN = NamedMetric("mean", None, weighed(lambda rows: rows.values), ("regression",), True)
+MEAN = NamedMetric("mean", None, weighed(lambda rows: rows.values), ("regression",))
 
 
 @final

@@ -129,13 +129,6 @@ def test_a_run_needs_the_meaning_of_every_output() -> None:
         CompiledMetrics(["mae", "mae"], output_names=["a", "b"]).start([OutputMeaning()], torch.device("cpu"))
 
 
-def test_the_better_direction_of_a_key_is_that_of_its_metric() -> None:
-    collection = MetricCollection({"area": BinaryAUROC()})
-    compiled = CompiledMetrics({"a": ["MAE"], "b": {"mine": share, "both": collection}}, output_names=["a", "b"])
-    keys = ["a_MAE", "b_mine", "b_both_area", "nothing"]
-    assert [compiled.higher_is_better(key) for key in keys] == [False, None, True, None]
-
-
 @pytest.mark.parametrize(
     ("metrics", "told"), [(None, True), (["f1", "auroc"], True), (["mae", share], False), ([BinaryAUROC()], False)]
 )

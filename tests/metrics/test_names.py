@@ -17,7 +17,8 @@ import torchmetrics.text as text
 from torch import Tensor
 
 from fitkit._types import OutputMeaning
-from fitkit.metrics import CompiledMetrics, higher_is_better
+from fitkit.log_keys import direction_of
+from fitkit.metrics import CompiledMetrics
 from fitkit.metrics.names import ALIASES, NAMED, find_metric
 from fitkit.metrics.readings import Reading
 
@@ -223,11 +224,11 @@ def test_perplexity_is_that_of_torchmetrics() -> None:
 
 @pytest.mark.filterwarnings("ignore:Metric `SpearmanCorrcoef` will save all")
 @pytest.mark.parametrize("name", [name for name, metric in NAMED.items() if metric.computed_by is not None])
-def test_the_better_direction_is_that_of_torchmetrics(name: str) -> None:
+def test_the_direction_that_auto_goes_by_is_that_of_torchmetrics(name: str) -> None:
     metric = find_metric("metrics", name)
     built: Any = metric.build(Reading(metric.tasks[0], 3), CPU)
     # torchmetrics leaves it open for specificity and pearson.
-    assert built.higher_is_better in (metric.higher_is_better, None)
+    assert built.higher_is_better in (direction_of(name) == "max", None)
 
 
 @pytest.mark.parametrize("name", ["accuracy", "top_2_accuracy", "mae", "mse", "rmse"])
@@ -308,11 +309,6 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all() -> None:
 def test_top_k_says_when_there_are_too_few_classes() -> None:
     with pytest.raises(ValueError, match="Expected at least 9 classes for 'top_9_accuracy', received 5"):
         measure("top_9_accuracy", *some_classes(), CLASSES)
-
-
-@pytest.mark.parametrize(("name", "better"), [("F1", True), ("rmse", False), ("top_5_accuracy", True), ("loss", None)])
-def test_the_better_direction_is_known(name: str, better: bool | None) -> None:
-    assert higher_is_better(name) is better
 
 
 def test_names_need_no_torchmetrics() -> None:
