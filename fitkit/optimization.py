@@ -124,8 +124,7 @@ def _refuse_lbfgs(kind: type[Optimizer]) -> None:
 
 def _refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
     own = {id(parameter) for parameter in module.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not any(id(parameter) in own for parameter in held):
+    if not any(id(parameter) in own for parameter in parameters_of(optimizer)):
         advice = "Make it from the parameters of the module that the Model was given."
         if any(map(is_shard, module.parameters())):
             advice = (
@@ -138,10 +137,15 @@ def _refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
         )
 
 
+def parameters_of(optimizer: Optimizer | None) -> list[nn.Parameter]:
+    """The parameters that the optimizer holds, group by group; none without one."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"]]
+
+
 def left_out(optimizer: Optimizer | None, module: nn.Module) -> frozenset[str]:
     """The names of the module's trainable parameters that the optimizer does not hold."""
-    groups = [] if optimizer is None else optimizer.param_groups
-    held = {id(parameter) for group in groups for parameter in group["params"]}
+    held = {id(parameter) for parameter in parameters_of(optimizer)}
     named = module.named_parameters()
     return frozenset(name for name, parameter in named if parameter.requires_grad and id(parameter) not in held)
 

@@ -22,7 +22,7 @@ from fitkit.gradients import GradientNorms, clip_gradients
 from fitkit.joint_losses import JointLosses
 from fitkit.logs import BatchLogs, read
 from fitkit.numbers import Numbers
-from fitkit.optimization import check_holds_trainable
+from fitkit.optimization import check_holds_trainable, parameters_of
 from fitkit.sharding import Sharding, let_go
 from fitkit.synchronisation import Synchronisation
 from fitkit.windows import Window
@@ -93,7 +93,7 @@ class TrainStep:
         self.index = -1
         self._held = held_parameters(self._compiled)
         check_holds_trainable(self._compiled.optimizer, self._compiled.module, self._compiled.left_out)
-        self._stepped = optimizer_parameters(self._compiled)
+        self._stepped = parameters_of(self._compiled.optimizer)
         if self._norm_order != -1:
             trained = trained_parameters(self._compiled)
             self.numbers.norms = GradientNorms(self._compiled.module, trained, self._norm_order)
@@ -336,19 +336,13 @@ _FIRST_BAD = " first bad batch"
 
 def held_parameters(compiled: Compiled) -> list[nn.Parameter]:
     """The parameters that the optimizer has, and those of the module that it has not."""
-    held = [*optimizer_parameters(compiled), *compiled.module.parameters()]
+    held = [*parameters_of(compiled.optimizer), *compiled.module.parameters()]
     return list({id(parameter): parameter for parameter in held}.values())
-
-
-def optimizer_parameters(compiled: Compiled) -> list[nn.Parameter]:
-    """The parameters that the optimizer has."""
-    groups = [] if compiled.optimizer is None else compiled.optimizer.param_groups
-    return [parameter for group in groups for parameter in group["params"]]
 
 
 def trained_parameters(compiled: Compiled) -> list[nn.Parameter]:
     """The parameters that the optimizer has and that are not frozen."""
-    return [parameter for parameter in optimizer_parameters(compiled) if parameter.requires_grad]
+    return [parameter for parameter in parameters_of(compiled.optimizer) if parameter.requires_grad]
 
 
 @final

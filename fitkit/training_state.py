@@ -40,6 +40,7 @@ from fitkit.errors import CheckpointError, show
 from fitkit.flags import TrainingFlags
 from fitkit.history import History, as_number
 from fitkit.kinds import check_kinds
+from fitkit.optimization import parameters_of
 from fitkit.sharded_checkpoints import load_sharded, sharded_like
 from fitkit.steps import TrainStep
 
@@ -62,7 +63,7 @@ WHOLE = {
 # What a file says of a run by its outcome: None while it runs.
 RUN_PARTS = {None: WHOLE, "finished": WHOLE, "interrupted": {"outcome", "epoch"}}
 # Of which kinds the parts are that every run has.
-_LIKE = {"epoch": 0, "stage": "", "logs": {}, "stop": False, "called": [], "data": {}}
+_KINDS = {"epoch": 0, "stage": "", "logs": {}, "stop": False, "called": [], "data": {}}
 PARTS = {"weights", "buffers", "optimizer", "scaler", "own", "history", "random", "modes", "run"}
 
 
@@ -208,7 +209,7 @@ def _put(value: Any, state: Any) -> None:
     elif isinstance(value, torch.optim.Optimizer):
         # The rate that a scheduler started from is there as long as the scheduler is: a run's own one has gone.
         # Of sharded parameters not every optimizer has a fused step, which the file may have had.
-        ours = ("fused", "foreach") if any(map(is_shard, _parameters(value))) else ()
+        ours = ("fused", "foreach") if any(map(is_shard, parameters_of(value))) else ()
         groups = [
             {
                 key: group[key] if key in ours else item
@@ -240,8 +241,7 @@ def warned_of_untrained(model: ModelProtocol, compiled: Compiled) -> Iterator[No
     """
     own = _own(model)
     optimizers = [compiled.optimizer, *(value for value in own.values() if isinstance(value, torch.optim.Optimizer))]
-    groups = [group for optimizer in optimizers if optimizer is not None for group in optimizer.param_groups]
-    known = {id(parameter) for group in groups for parameter in group["params"]}
+    known = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
     known |= {id(parameter) for parameter in compiled.module.parameters()}
     watches: list[list[Any]] = []
     for name, value in own.items():
@@ -279,10 +279,6 @@ def _own_in(value: Any, name: str, around: tuple[int, ...]) -> Iterator[tuple[st
             yield from _own_in(item, f"{name}[{key!r}]", (*around, id(value)))
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _sizes(state: Mapping[str, Any]) -> list[int]:
     return [len(group["params"]) for group in state["param_groups"]]
 
@@ -295,7 +291,7 @@ def _misfits(
     if not own or isinstance(optimizer, (torch.optim.LBFGS, torch.optim.Adafactor)):
         return
     places = chain.from_iterable(group["params"] for group in state["param_groups"])
-    for place, parameter in zip(places, _parameters(optimizer), strict=True):
+    for place, parameter in zip(places, parameters_of(optimizer), strict=True):
         for key, kept in state["state"].get(place, {}).items():
             if isinstance(kept, Tensor) and not (
                 kept.numel() == 1 if key in NUMBERS else kept.shape == parameter.shape
@@ -514,7 +510,7 @@ class Progress:
                 f"there is no exact place to resume at. Use model.load({str(path)!r}) and fit(initial_epoch="
                 f"{run['epoch']}), or save with BackupAndRestore during the run."
             )
-        check_kinds(run, _LIKE, "what it says of the run")
+        check_kinds(run, _KINDS, "what it says of the run")
         place = (run["epoch"], run["data"]["given"], run["data"]["taken"])
         if {type(each) for each in place} != {int} or run["stage"] not in get_args(Stage):
             raise ValueError(f"it says no place in a run: {place}, {run['stage']!r}.")

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fitkit.callbacks.callback import Callback
 from fitkit.callbacks.optimizer import StepListener, optimizer_of
 from fitkit.errors import check_flag, check_number
+from fitkit.optimization import parameters_of
 
 
 @final
@@ -75,9 +76,7 @@ class SwapEMAWeights(Callback):
         if self._listener is not None:
             self._listener.remove()
         self._forget()
-        self._parameters = _by_kind(
-            [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
-        )
+        self._parameters = _by_kind([parameter.detach() for parameter in parameters_of(optimizer)])
         self._average = get_ema_multi_avg_fn(self.momentum)
         self._listener = StepListener(optimizer, self._update)
 

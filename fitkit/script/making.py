@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fitkit.optimization import parameters_of
 from fitkit.script.expressions import fold, importable, module_expression, optimizer_options, unknown
 
 # The modules and names of what is imported from where it lives.
@@ -75,7 +76,7 @@ def _named(parameters: Sequence[nn.Parameter], module: nn.Module) -> str | None:
 
 def holds_all(optimizer: Optimizer, module: nn.Module) -> bool:
     """Whether the optimizer has every parameter that gets a gradient."""
-    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    held = {id(each) for each in parameters_of(optimizer)}
     return all(id(each) in held for each in module.parameters() if each.requires_grad)
 
 
