@@ -63,7 +63,7 @@ class JointLosses:
         if losses is None or losses.keys is not None or not numbers.metrics.are_by_name:
             return False
         loss = losses.losses[0]
-        is_mean = loss is not None and loss.is_plain and loss.is_mean_over_data
+        is_mean = loss is not None and loss.may_wait and loss.is_mean_over_data
         return is_mean and not torch.are_deterministic_algorithms_enabled()
 
     def begin_epoch(self) -> None:

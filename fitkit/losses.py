@@ -36,8 +36,8 @@ class Part(NamedTuple):
 
 # Up to so many targets are counted faster one by one than by NumPy.
 SHORT = 128
-# What compares with probabilities, whose targets are such too.
-_OF_PROBABILITIES = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+# The losses whose targets are probabilities, and whose weight has the shape of a batch.
+_BINARY_CROSS_ENTROPIES = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 # Items of a list that a message shows.
 SHOWN = 4
 
@@ -107,20 +107,16 @@ class Loss:
         return self.built_in is not None and not any(getattr(self.module, name) for name in hooks)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is one of torch's, nobody listens to its calls, and nobody may give it other class weights."""
+    def may_wait(self) -> bool:
+        """Whether it may be called later, on many batches at once: nobody hears of it, or may change it in between."""
         return self.is_torchs and not (self._is_users and any(True for _ in self.module.buffers()))  # type: ignore[union-attr]
 
     @property
     def is_mean_over_data(self) -> bool:
-        """Whether it cannot depend on how the data is cut into batches: it is torch's own, and weighs no places.
-
-        The weight of torch's binary cross entropies has the shape of a batch.
-        """
+        """Whether it cannot depend on how the data is cut into batches: it is torch's own, and weighs no places."""
         if self.built_in is None:
             return False
-        weighs_places = self.built_in.function in (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
-        return not weighs_places or getattr(self.module, "weight", None) is None
+        return self.built_in.function not in _BINARY_CROSS_ENTROPIES or getattr(self.module, "weight", None) is None
 
     @property
     def weight_depends_on_targets(self) -> bool:
@@ -236,7 +232,7 @@ class Loss:
     @property
     def takes_probabilities(self) -> bool:
         """Whether targets are probabilities, to be looked at with `check_targets`."""
-        return self.built_in is not None and self.built_in.function in _OF_PROBABILITIES
+        return self.built_in is not None and self.built_in.function in _BINARY_CROSS_ENTROPIES
 
     def check_targets(self, target: Any) -> None:
         """Refuses targets that are no probabilities.
