@@ -19,7 +19,7 @@ from fitkit.errors import check_order, nearest, show
 from fitkit.metrics.gathering import Gathering
 from fitkit.metrics.names import NamedMetric, find_metric, weighable_names
 from fitkit.metrics.objects import CallableMetric, TorchmetricsMetric, collection_names, is_torchmetrics
-from fitkit.metrics.running import Part, RunningMetrics
+from fitkit.metrics.running import MetricGroup, RunningMetrics
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -108,8 +108,8 @@ class CompiledMetrics:
         outputs = 1 if self._output_names is None else len(self._output_names)
         if len(meanings) != outputs:
             raise ValueError(f"Expected the meaning of {outputs} output(s), received {len(meanings)}.")
-        parts: list[tuple[int, Part]] = []
-        users: list[tuple[int, Part]] = []
+        groups: list[tuple[int, MetricGroup]] = []
+        users: list[tuple[int, MetricGroup]] = []
         # Metrics by name that read an output alike share what waits.
         alike: dict[tuple[int, bool, bool], dict[str, NamedMetric]] = {}
         for entry in self._entries:
@@ -124,8 +124,8 @@ class CompiledMetrics:
         for (output, weighted, _), named in alike.items():
             # A metric of the user's may write into what it is given: it comes last, and what waits is a copy then.
             owns = owns_targets and not users
-            parts.append((output, Gathering(named, meanings[output], device, weighted=weighted, owns_targets=owns)))
-        return RunningMetrics(self.names, [*parts, *users], outputs, shared=len(users) > 1)
+            groups.append((output, Gathering(named, meanings[output], device, weighted=weighted, owns_targets=owns)))
+        return RunningMetrics(self.names, [*groups, *users], outputs, shared=len(users) > 1)
 
     @property
     def kinds(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from fitkit.metrics.gathering import HELD_BATCHES, Gathering
 from fitkit.metrics.objects import TorchmetricsMetric
 
 # What is updated together, under one or more log keys of one output.
-Part = Gathering | TorchmetricsMetric
+MetricGroup = Gathering | TorchmetricsMetric
 
 
 @final
@@ -29,7 +29,7 @@ class RunningMetrics:
 
     Args:
         names: all log keys in order.
-        parts: each with the index of its output.
+        groups: each with the index of its output.
         outputs: how many outputs there are.
         shared: whether several metrics of the user's are given the same, so that each needs copies of its own.
 
@@ -38,13 +38,13 @@ class RunningMetrics:
     """
 
     def __init__(
-        self, names: Sequence[str], parts: Sequence[tuple[int, Part]], outputs: int, *, shared: bool = False
+        self, names: Sequence[str], groups: Sequence[tuple[int, MetricGroup]], outputs: int, *, shared: bool = False
     ) -> None:
         self._shared = shared
         self.names = list(names)
-        self._parts = list(parts)
+        self._groups = list(groups)
         self._outputs = outputs
-        self.are_by_name = all(part.by_name for _, part in parts)
+        self.are_by_name = all(group.by_name for _, group in groups)
 
     def update(
         self,
@@ -66,7 +66,7 @@ class RunningMetrics:
         Raises:
             ValueError: the outputs are not those of compile, or a metric cannot read its output and target.
         """
-        if not self._parts:
+        if not self._groups:
             return
         if len(outputs) != self._outputs or len(targets) != self._outputs:
             raise ValueError(
@@ -74,25 +74,25 @@ class RunningMetrics:
                 f"{len(targets)} targets. With several outputs give a loss for each, compile(loss=[...]) or "
                 "compile(loss={name: ...}), and metrics in the same structure."
             )
-        for index, part in self._parts:
+        for index, group in self._groups:
             weight = None if sample_weight is None else sample_weight[index]
             output, target = outputs[index], targets[index]
-            if isinstance(part, Gathering) and part.by_name:
-                part.update(output, target, weight, are_kept=are_kept)
+            if isinstance(group, Gathering) and group.by_name:
+                group.update(output, target, weight, are_kept=are_kept)
                 continue
             if self._shared:
                 output, target = copied(output), copied(target)
-            part.update(output, target, weight)
+            group.update(output, target, weight)
 
     def expect(self, batch_bytes: int) -> None:
         """Says how large batches are, by which it is decided how many outputs wait."""
-        for _, part in self._parts:
-            part.expect(batch_bytes)
+        for _, group in self._groups:
+            group.expect(batch_bytes)
 
     @property
     def room(self) -> int:
         """How many batches like the latest may wait before `update`, all of them by name."""
-        return min((part.room for _, part in self._parts if isinstance(part, Gathering)), default=HELD_BATCHES)
+        return min((group.room for _, group in self._groups if isinstance(group, Gathering)), default=HELD_BATCHES)
 
     def compute(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """The values over all batches since reset, as 0-d tensors on the device, in the order of `names`.
@@ -107,11 +107,11 @@ class RunningMetrics:
             ValueError: a metric of the user's gives something else than one number.
         """
         wanted = set(self.names if names is None else names)
-        return self._in_order(part.compute(wanted) for _, part in self._parts if wanted.intersection(part.keys))
+        return self._in_order(group.compute(wanted) for _, group in self._groups if wanted.intersection(group.keys))
 
     def states(self) -> list[dict[str, Any]]:
         """What `compute_across` needs of this process, on the CPU."""
-        return [mapped(torch.Tensor.cpu, part.state()) for _, part in self._parts]
+        return [mapped(torch.Tensor.cpu, group.state()) for _, group in self._groups]
 
     def compute_across(self, everywhere: Sequence[list[dict[str, Any]]]) -> dict[str, Tensor]:
         """The values over the data of several processes, to be called by each of them.
@@ -119,21 +119,21 @@ class RunningMetrics:
         Args:
             everywhere: the `states` of each.
         """
-        of_parts = zip(self._parts, zip(*everywhere, strict=True), strict=True)
-        return self._in_order(part.compute_across(states, self.names) for (_, part), states in of_parts)
+        of_groups = zip(self._groups, zip(*everywhere, strict=True), strict=True)
+        return self._in_order(group.compute_across(states, self.names) for (_, group), states in of_groups)
 
     def _in_order(self, computed: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-        values = {name: value for part in computed for name, value in part.items()}
+        values = {name: value for group in computed for name, value in group.items()}
         return {name: values[name] for name in self.names if name in values}
 
     def reset(self) -> None:
         """Starts anew, as at the beginning of an epoch."""
-        for _, part in self._parts:
-            part.reset()
+        for _, group in self._groups:
+            group.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """All that is kept, as nested dicts and lists of tensors, numbers and strings."""
-        return {"names": list(self.names), "parts": [part.waiting_state() for _, part in self._parts]}
+        return {"names": list(self.names), "parts": [group.waiting_state() for _, group in self._groups]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the state was made.
@@ -143,9 +143,9 @@ class RunningMetrics:
         """
         if list(state["names"]) != self.names:
             raise ValueError(f"Expected the running values of {self.names}, received those of {list(state['names'])}.")
-        for (_, part), kept in zip(self._parts, state["parts"], strict=True):
-            with _naming(part):
-                part.load_state(kept)
+        for (_, group), kept in zip(self._groups, state["parts"], strict=True):
+            with _naming(group):
+                group.load_state(kept)
 
     def check_loaded(self) -> None:
         """Refuses a state of a file that no values come of; it is called once, after `load_state_dict`.
@@ -153,16 +153,16 @@ class RunningMetrics:
         Raises:
             ValueError: it names the metrics.
         """
-        for _, part in self._parts:
-            with _naming(part):
-                part.check_loaded()
+        for _, group in self._groups:
+            with _naming(group):
+                group.check_loaded()
 
 
 @contextmanager
-def _naming(part: Part) -> Iterator[None]:
+def _naming(group: MetricGroup) -> Iterator[None]:
     """Says for whatever is raised about the state of metrics which they are."""
     try:
         yield
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"the running values of {', '.join(map(repr, part.keys))} are none: {kind}{error}") from error
+        raise ValueError(f"the running values of {', '.join(map(repr, group.keys))} are none: {kind}{error}") from error

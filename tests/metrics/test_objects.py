@@ -94,7 +94,7 @@ def test_many_batches_hold_a_bounded_number_of_values() -> None:
     running = start(largest_gap)
     for _ in range(1000):
         running.update([torch.ones(1)], [torch.zeros(1)], None)
-        assert len(running._parts[0][1]._held) < HELD_BATCHES  # type: ignore[union-attr]
+        assert len(running._groups[0][1]._held) < HELD_BATCHES  # type: ignore[union-attr]
     assert running.compute()["it"] == 1.0
 
 

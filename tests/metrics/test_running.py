@@ -114,8 +114,8 @@ def test_reading_running_values_changes_no_later_one() -> None:
 
 def test_only_what_is_asked_for_is_computed() -> None:
     running = CompiledMetrics(["accuracy", "r2"], output_names=None).start([CLASSES], CPU)
-    part = next(part for _, part in running._parts if part.keys == ("accuracy",))
-    part.update(*[entry[0] for entry in batch(0)])
+    group = next(group for _, group in running._groups if group.keys == ("accuracy",))
+    group.update(*[entry[0] for entry in batch(0)])
     assert list(running.compute(["accuracy"])) == ["accuracy"]
 
 
