@@ -15,7 +15,7 @@ from fitkit.callbacks.monitor import MonitorCallback
 from fitkit.computation import Compiled
 from fitkit.data import EpochPlan
 from fitkit.loop import FitRun
-from fitkit.rehearsal import Rates, rehearse
+from fitkit.rehearsal import Rates, may_do_anything, rehearse
 from fitkit.steps import trained_parameters
 
 
@@ -257,8 +257,7 @@ def _answers(hooks: HookTable) -> dict[str, tuple[str, ...]]:
 
 def _may_stop(callback: Callback) -> bool:
     """Whether it may set stop_training: those of fitkit that do, and whatever is of the user's own."""
-    own = not type(callback).__module__.startswith("fitkit.") or type(callback).__name__ in ("LambdaCallback", "Every")
-    return own or isinstance(callback, (EarlyStopping, TerminateOnNaN, Timer))
+    return may_do_anything(callback) or isinstance(callback, (EarlyStopping, TerminateOnNaN, Timer))
 
 
 def _shown(callback: Callback) -> str:

@@ -78,7 +78,7 @@ def rehearse(
     """
     now = learning_rates(optimizer)[0]
     measuring = [_shown(each) for each in callbacks if _follows_measurements(each)]
-    unknown = [_shown(each) for each in callbacks if _may_do_anything(each)]
+    unknown = [_shown(each) for each in callbacks if may_do_anything(each)]
     setting = [each for each in callbacks if _sets_rates(each)]
     remark = f"unless {' or '.join(unknown)} changes it" if unknown else ""
     counts = [steps_in(epoch) for epoch in epochs]
@@ -147,8 +147,8 @@ def _follows_measurements(callback: Callback) -> bool:
     return isinstance(callback, ReduceLROnPlateau) or (isinstance(callback, LRScheduler) and callback.has_monitor)
 
 
-def _may_do_anything(callback: Callback) -> bool:
-    """Whether the code is somebody else's, which may set the rate in any hook."""
+def may_do_anything(callback: Callback) -> bool:
+    """Whether the code is somebody else's, which may set the rate, or stop the run, in any hook."""
     return isinstance(callback, (LambdaCallback, Every)) or not type(callback).__module__.startswith("fitkit.")
 
 
