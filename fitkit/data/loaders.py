@@ -29,7 +29,7 @@ from torch.utils.data.distributed import DistributedSampler
 from fitkit.batch import Share
 from fitkit.data.batches import Batches, keeps_its_place, known_length
 from fitkit.data.rows import with_tensors
-from fitkit.data.shares import beside
+from fitkit.data.shares import Size, beside, own_parts
 from fitkit.distributed import Processes
 from fitkit.errors import show, unknown_name
 
@@ -208,7 +208,7 @@ class _Parts:
         self._sampler = sampler
         self._processes = processes
         self._indices: Iterator[Any] | None = None
-        self._sizes: list[tuple[bool, int, int]] = []
+        self._sizes: list[Size] = []
         self.skipped = 0
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -230,12 +230,7 @@ class _Parts:
     def _given(self) -> Iterator[list[int]]:
         self._begin()
         assert self._indices is not None  # it has begun
-        sizes = self._sizes
-        for whole in self._indices:
-            first, last = self._processes.part(len(whole))
-            sizes.append((last > first, self._processes.count(len(whole)), len(whole)))
-            if last > first:
-                yield whole[first:last]
+        yield from own_parts(self._indices, self._processes, self._sizes)
 
     def beside(self, loaded: Iterator[Any]) -> Iterator[Share]:
         """The shares of the parts that are loaded; the loader has begun."""

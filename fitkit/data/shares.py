@@ -16,6 +16,9 @@ from fitkit.data.batches import Batches
 from fitkit.data.inputs import Input
 from fitkit.distributed import Processes, part_ways, share_random_state
 
+# Of a part: whether it has samples to be loaded, how many of it count, and those of the whole batch.
+Size = tuple[bool, int, int]
+
 
 @final
 class SharedBatches(Batches):
@@ -81,24 +84,25 @@ def counted(
         processes: that share them.
         read: gives the batches of parts that are not empty.
     """
-    sizes: list[tuple[bool, int, int]] = []
-
-    def parts() -> Iterator[list[int]]:
-        for whole in indices:
-            first, last = processes.part(len(whole))
-            sizes.append((last > first, processes.count(len(whole)), len(whole)))
-            if last > first:
-                yield whole[first:last]
-
-    return beside(read(parts()), sizes)
+    sizes: list[Size] = []
+    return beside(read(own_parts(indices, processes, sizes)), sizes)
 
 
-def beside(loaded: Iterator[Any], sizes: list[tuple[bool, int, int]]) -> Iterator[Share]:
+def own_parts(indices: Iterator[list[int]], processes: Processes, sizes: list[Size]) -> Iterator[list[int]]:
+    """Of the indices of each whole batch those of this process's part, where it is not empty; notes its sizes."""
+    for whole in indices:
+        first, last = processes.part(len(whole))
+        sizes.append((last > first, processes.count(len(whole)), len(whole)))
+        if last > first:
+            yield whole[first:last]
+
+
+def beside(loaded: Iterator[Any], sizes: list[Size]) -> Iterator[Share]:
     """Each part beside its sizes, those that are empty included.
 
     Args:
         loaded: the parts that are not empty.
-        sizes: of each part whether it is loaded, how many samples of it count, and those of the whole batch.
+        sizes: of each part; one is taken out as it is used.
     """
     for part in loaded:
         while True:
