@@ -55,7 +55,7 @@ def make_optimizer(
             f"learning_rate={learning_rate} goes with an optimizer by name; received a {type(optimizer).__name__}. "
             "Give the learning rate where you make the optimizer."
         )
-    made = optimizer if isinstance(optimizer, Optimizer) else _called(optimizer, _trainable(module))
+    made = optimizer if isinstance(optimizer, Optimizer) else _made_by(optimizer, _trainable(module))
     if made is None:
         return None
     _refuse_lbfgs(type(made))
@@ -98,7 +98,7 @@ def _by_name(name: str, module: nn.Module, learning_rate: float | None) -> Optim
     return kind(parameters, **options)  # type: ignore[no-any-return]
 
 
-def _called(make: Any, parameters: list[nn.Parameter]) -> Optimizer | None:
+def _made_by(make: Any, parameters: list[nn.Parameter]) -> Optimizer | None:
     if not callable(make):
         raise TypeError(
             "Expected a name, a torch.optim optimizer or a callable that takes the parameters, "

@@ -31,10 +31,10 @@ STATE = "state.fitkit"
 SHARDS = "shards-"
 # What stands in the file in the place of a sharded tensor, beside its key.
 MARK = "a sharded tensor"
-# Where torch keeps the plan of a checkpoint, and of what it is made.
+# Where torch keeps the plan of a checkpoint; the module of the classes that it is made of, and others that occur in it.
 METADATA = ".metadata"
-PLAN = "torch.distributed.checkpoint.metadata"
-PLAIN = {
+PLAN_MODULE = "torch.distributed.checkpoint.metadata"
+OTHER_CLASSES = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -157,11 +157,11 @@ class _PlainUnpickler(pickle.Unpickler):
     """Knows the classes that torch's plan of a checkpoint is made of, and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = (module, name) in PLAIN or module.split(".")[0] == "pathlib"
+        known = (module, name) in OTHER_CLASSES or module.split(".")[0] == "pathlib"
         if module == "torch":  # a dtype or layout
             known = known or isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
-        if module == PLAN:  # one of its own classes, nothing that it has imported
-            known = getattr(getattr(sys.modules.get(PLAN), name, None), "__module__", None) == PLAN
+        if module == PLAN_MODULE:  # one of its own classes, nothing that it has imported
+            known = getattr(getattr(sys.modules.get(PLAN_MODULE), name, None), "__module__", None) == PLAN_MODULE
         if known and "." not in name:
             return super().find_class(module, name)
         raise CheckpointError(f"It holds {module}.{name}, which no plan of a checkpoint has.")

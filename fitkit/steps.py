@@ -27,6 +27,9 @@ from fitkit.sharding import Sharding, let_go
 from fitkit.synchronisation import Synchronisation
 from fitkit.windows import Window
 
+# Under which name the first bad batch is read together with an epoch's numbers; no log has a space in front.
+_FIRST_BAD = " first bad batch"
+
 
 @final
 class TrainStep:
@@ -329,9 +332,6 @@ class TrainStep:
         numbers = read({**values, _FIRST_BAD: first})
         first_bad = numbers.pop(_FIRST_BAD)
         return numbers, None if first_bad < 0 else int(first_bad)
-
-
-_FIRST_BAD = " first bad batch"
 
 
 def held_parameters(compiled: Compiled) -> list[nn.Parameter]:

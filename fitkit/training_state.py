@@ -56,11 +56,11 @@ OWN = (
 )
 # What torch's optimizers keep of a parameter as one number; all else has the parameter's shape.
 NUMBERS = {"step", "eta", "mu", "mu_product"}
+# What a file says of a run that can go on; and by its outcome, which is None while it runs.
 WHOLE = {
     *("outcome", "arguments", "epoch", "stage", "logs", "stop", "called", "step", "part_size"),
     *("data", "validation_data", "callbacks"),
 }
-# What a file says of a run by its outcome: None while it runs.
 RUN_PARTS = {None: WHOLE, "finished": WHOLE, "interrupted": {"outcome", "epoch"}}
 # Of which kinds the parts are that every run has.
 _KINDS = {"epoch": 0, "stage": "", "logs": {}, "stop": False, "called": [], "data": {}}

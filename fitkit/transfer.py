@@ -41,7 +41,7 @@ class Transfer:
         """The batch on the device, beside itself; one that is placed already as it is."""
         if isinstance(batch, Placed):
             return batch
-        if self._stream is None or not _is_plain(batch):
+        if self._stream is None or not _is_on_host(batch):
             return Placed(self._move(batch), batch)
         # The host is ahead of the device: on a stream of its own this copy goes on while the device still computes.
         with torch.cuda.stream(self._stream):
@@ -52,13 +52,13 @@ class Transfer:
         return Placed(moved, batch)
 
 
-def _is_plain(batch: Any) -> bool:
+def _is_on_host(batch: Any) -> bool:
     """Whether the batch is nothing but tensors on the host: other objects move themselves, on the usual stream."""
     if isinstance(batch, Tensor):
         return batch.is_cpu
     if isinstance(batch, dict):
-        return all(map(_is_plain, batch.values()))
-    return type(batch) in (tuple, list) and all(map(_is_plain, batch))
+        return all(map(_is_on_host, batch.values()))
+    return type(batch) in (tuple, list) and all(map(_is_on_host, batch))
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Batches(abc.ABC):
         Kinds that can load a part alone do; here the whole batch is read, and the part taken from it. What the pass
         draws before its first batch is drawn at once.
         """
-        return _parts(self.after(done) if done else iter(self), processes)
+        return _shares_of(self.after(done) if done else iter(self), processes)
 
     def facts(self) -> dict[str, Any]:
         """What the numbers of a run depend on, by the argument that sets it: the number of batches, their size."""
@@ -124,7 +124,7 @@ class Batches(abc.ABC):
         return self
 
 
-def _parts(whole: Iterator[Any], processes: Processes) -> Iterator[Share]:
+def _shares_of(whole: Iterator[Any], processes: Processes) -> Iterator[Share]:
     for batch in whole:
         samples = samples_of(batch)
         start, stop = processes.part(samples)
