@@ -20,10 +20,11 @@ from fitkit.computation import Compiled, Outcome, transfer_of
 from fitkit.device import autocasting
 from fitkit.numbers import Numbers
 
-# How many batches wait; how many elements their outputs and targets have together, so that they are found in the cache;
-# and how many bytes of batches may be kept from other uses by small tensors that wait between them.
+# How many batches wait at most, and how many elements their outputs and targets have together: they are to be found in
+# the cache.
 MOST_BATCHES = 64
 MOST_ELEMENTS = 2**18
+# How many bytes the batches have together that wait: see BATCH_BYTES in metrics/gathering.py.
 MOST_BYTES = 2**23
 
 

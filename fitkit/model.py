@@ -17,10 +17,7 @@ from torch import Tensor, nn
 
 from fitkit import loop
 from fitkit.batch import join, unpack
-from fitkit.callbacks import (
-    Callback,
-    EarlyStopping,
-)
+from fitkit.callbacks import Callback, EarlyStopping
 from fitkit.callbacks.display import resolve_verbose
 from fitkit.callbacks.hooks import HookTable, check_callbacks
 from fitkit.checkpoints import fill, load_weights, save_state, save_weights

@@ -102,9 +102,7 @@ class Preparation:
         self.check_steps(validates=held_out is not None)
         self.check_parts(training, "data", given.class_weight)
         self.check_parts(held_out, "validation_data")
-
         self._check_sharded(flags, chosen)
-
         history = History()
         history.params = _params(flags, batches, validation_plan, level)
         hooks = self.hooks(chosen, history.params, history, introduces=introduces)

@@ -409,7 +409,7 @@ class TestStep:
         """A batch of which this process has no sample."""
 
     def stand_in(self, batch: Any, index: int) -> None:
-        """A batch of which this process has no sample, and takes one that does not count."""
+        """A batch of which this process has no sample: the module sees one that does not count."""
         with torch.no_grad():
             self._compute(batch, index)
 
@@ -451,7 +451,7 @@ class PredictStep:
         self.logs = {}
 
     def stand_in(self, batch: Any, index: int) -> None:
-        """A batch of which this process has no sample, and takes one that does not count."""
+        """A batch of which this process has no sample: the module sees one that does not count."""
         with torch.no_grad():
             self._compute(self._transfer(batch).on_device if self._transfer.is_needed else batch, index)
         self.logs = {}

@@ -29,14 +29,15 @@ from fitkit.metrics.readings import (
 )
 from fitkit.metrics.states import Keeper, apart, check_grown, join_into, load_into, state_of
 
-# How many batches wait, and how many elements they hold together at most: half a MB of float32. On the CPU a batch of
-# more than CACHED_ELEMENTS does not wait: while it is in the cache, looking at it costs less than laying it aside.
+# How many batches wait, and how many elements they hold together at most: half a MB of float32.
 HELD_BATCHES = 256
-# Small tensors that wait lie between the large ones of later batches, which then find no place where earlier ones were:
-# so many bytes of batches may be lost in that way.
-BATCH_BYTES = 2**23
 HELD_ELEMENTS = 2**17
+# On the CPU a batch of more elements does not wait: while it is in the cache, looking at it costs less than laying it
+# aside.
 CACHED_ELEMENTS = 2**13
+# What waits is small and lies among the large tensors of later batches, so that their memory cannot be used again as a
+# whole. Therefore no more batches wait than have so many bytes together.
+BATCH_BYTES = 2**23
 # How many elements of a larger batch are looked at together: 64 MB of float32.
 PIECE_ELEMENTS = 2**24
 

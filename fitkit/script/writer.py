@@ -21,12 +21,7 @@ from fitkit.computation import Compiled
 from fitkit.errors import show
 from fitkit.flags import FitArguments, TrainingFlags
 from fitkit.loop import FitRun
-from fitkit.script.expressions import (
-    WIDTH,
-    fold,
-    literal,
-    unknown,
-)
+from fitkit.script.expressions import WIDTH, fold, literal, unknown
 from fitkit.script.listeners import Listeners, listeners_of, stopping_text
 from fitkit.script.losses import LossText, class_weight_text, loss_text
 from fitkit.script.making import conversion, evaluation_names, frozen_names, holds_all, module_line, optimizer_line
