@@ -13,7 +13,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
-from fitkit.device import sum_dtype
+from fitkit.device import move, sum_dtype
 
 # How many batches are summed up at once. Each held value is a 0-d tensor.
 HELD = 256
@@ -179,19 +179,15 @@ class Mean:
             raise ValueError("Expected a weight and an index for each value that waits.")
         self._adds_up = bool(state["adds_up"])
         self._values = [value.to(self._device) for value in state["values"]]
-        self._weights = [_on(self._device, weight) for weight in state["weights"]]
+        self._weights = [move(weight, self._device) for weight in state["weights"]]
         self._indices = list(state["indices"])
-        self._sum = _on(self._device, state["sum"])
+        self._sum = move(state["sum"], self._device)
         self._host_weight = state["host_weight"]
-        self._weight = _on(self._device, state["weight"])
-        self._first_bad = _on(self._device, state["first_bad"])
+        self._weight = move(state["weight"], self._device)
+        self._first_bad = move(state["first_bad"], self._device)
         # Here and now, instead of somewhere in the epoch.
         if (self.value() + self.first_bad()).shape:
             raise ValueError("Expected sums of one number each.")
-
-
-def _on(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @final

@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from fitkit.device import sum_dtype
+from fitkit.device import move, sum_dtype
 from fitkit.losses import Part, Weight
 from fitkit.output_losses import OutputLosses
 
@@ -136,7 +136,7 @@ class Window:
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Comes back to what `state_dict` returned, with its tensors on the device."""
         for name in _KEPT:
-            setattr(self, f"_{name}", _on(device, state[name]))
+            setattr(self, f"_{name}", move(state[name], device))
         self._begin(state["size"])
         self.holds_something = state["holds_something"]
         self.is_complete = self._batches_left <= 0
@@ -236,12 +236,6 @@ class Window:
             found = [gradients[position] for gradients in self._gradients]
             present = [gradient for gradient in found if gradient is not None]
             parameter.grad = None if not present else sum(present[1:], start=present[0])
-
-
-def _on(device: torch.device, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return [_on(device, item) for item in value] if isinstance(value, list) else value
 
 
 def correction(expected: float, actual: Weight) -> Weight:
