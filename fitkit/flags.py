@@ -23,37 +23,6 @@ class _NobodyAsked(int):
 
 
 MAX_NB_EPOCHS = _NobodyAsked(1000)
-_IN_COMPILE = ("optimizer", "loss", "metrics", "learning_rate", "precision", "jit_compile")
-_IN_FIT = ("epochs", "batch_size", "callbacks", "class_weight", "gradient_clip_val")
-# What to do instead of arguments that are another method's here, or that Keras and Lightning have.
-INSTEAD: dict[str, dict[str, str]] = {
-    "compile": {
-        **{name: f"Pass it to fit({name}=...)" for name in _IN_FIT},
-        "lr": "Write learning_rate=...",
-        "run_eagerly": "Leave it out: without jit_compile=True nothing is compiled",
-        "steps_per_execution": "Leave it out: a step costs no more than in a loop by hand",
-        "auto_scale_loss": 'Write precision="16-mixed", which scales the loss',
-    },
-    "fit": {
-        **{name: f"Pass it to compile({name}=...)" for name in _IN_COMPILE},
-        "lr": "Pass it to compile(learning_rate=...)",
-        **dict.fromkeys(
-            ("workers", "num_workers", "use_multiprocessing", "max_queue_size"),
-            'Give a DataLoader its workers; for a Dataset write dataloader_options={"num_workers": ...}',
-        ),
-        "max_epochs": "Write epochs=..., or max_nb_epochs=... with early stopping",
-        "min_epochs": "Write min_nb_epochs=...",
-        "nb_epoch": "Write epochs=...",
-        "limit_train_batches": "Write train_percent_check=... for a fraction, steps_per_epoch=... for a count",
-        "limit_val_batches": "Write val_percent_check=... for a fraction, validation_steps=... for a count",
-        "overfit_batches": "Write overfit_pct=...",
-        "check_val_every_n_epoch": "Write validation_freq=...",
-        "val_dataloaders": "Write validation_data=...",
-        "ckpt_path": "Write resume_from=...",
-        **dict.fromkeys(("accelerator", "devices"), "Write Model(module, device=...)"),
-        "strategy": "Write Model(module, strategy=...)",
-    },
-}
 
 
 def refusing_unknown(method: Method) -> Method:
@@ -127,6 +96,41 @@ class FitArguments:
     def flags(self) -> TrainingFlags:
         """The arguments that are flags, checked."""
         return TrainingFlags(**{each.name: getattr(self, each.name) for each in fields(TrainingFlags) if each.init})
+
+
+_IN_COMPILE = (
+    *("optimizer", "loss", "metrics", "learning_rate", "loss_weights", "weighted_metrics"),
+    *("precision", "jit_compile", "channels_last"),
+)
+# What to do instead of arguments that are another method's here, or that Keras and Lightning have.
+INSTEAD: dict[str, dict[str, str]] = {
+    "compile": {
+        **{name: f"Pass it to fit({name}=...)" for name in (each.name for each in fields(FitArguments))},
+        "lr": "Write learning_rate=...",
+        "run_eagerly": "Leave it out: without jit_compile=True nothing is compiled",
+        "steps_per_execution": "Leave it out: a step costs no more than in a loop by hand",
+        "auto_scale_loss": 'Write precision="16-mixed", which scales the loss',
+    },
+    "fit": {
+        **{name: f"Pass it to compile({name}=...)" for name in _IN_COMPILE},
+        "lr": "Pass it to compile(learning_rate=...)",
+        **dict.fromkeys(
+            ("workers", "num_workers", "use_multiprocessing", "max_queue_size"),
+            'Give a DataLoader its workers; for a Dataset write dataloader_options={"num_workers": ...}',
+        ),
+        "max_epochs": "Write epochs=..., or max_nb_epochs=... with early stopping",
+        "min_epochs": "Write min_nb_epochs=...",
+        "nb_epoch": "Write epochs=...",
+        "limit_train_batches": "Write train_percent_check=... for a fraction, steps_per_epoch=... for a count",
+        "limit_val_batches": "Write val_percent_check=... for a fraction, validation_steps=... for a count",
+        "overfit_batches": "Write overfit_pct=...",
+        "check_val_every_n_epoch": "Write validation_freq=...",
+        "val_dataloaders": "Write validation_data=...",
+        "ckpt_path": "Write resume_from=...",
+        **dict.fromkeys(("accelerator", "devices"), "Write Model(module, device=...)"),
+        "strategy": "Write Model(module, strategy=...)",
+    },
+}
 
 
 @dataclass(frozen=True)

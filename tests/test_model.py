@@ -1115,6 +1115,7 @@ def test_a_step_of_ones_own_cannot_log_under_a_name_of_fitkits(name: str) -> Non
         ("compile", "metric", "Did you mean 'metrics'"),
         ("compile", "run_eagerly", "Leave it out: without jit_compile=True nothing is compiled"),
         ("compile", "epochs", r"Pass it to fit\(epochs=\.\.\.\)"),
+        ("compile", "sample_weight", r"Pass it to fit\(sample_weight=\.\.\.\)"),
         ("fit", "batchsize", "Did you mean 'batch_size'"),
         ("fit", "workers", "Give a DataLoader its workers"),
         ("fit", "lr", r"Pass it to compile\(learning_rate=\.\.\.\)"),
@@ -1126,6 +1127,12 @@ def test_an_unknown_argument_is_answered_with_what_to_write(method: str, name: s
     arguments = () if method == "compile" else (X,)
     with pytest.raises(TypeError, match=rf"^{method}\(\) got an unexpected keyword argument '{name}'\. ?{advice}"):
         getattr(model, method)(*arguments, **{name: 1})
+
+
+@pytest.mark.parametrize(("method", "other"), [("compile", "fit"), ("fit", "compile")])
+def test_every_argument_of_the_other_method_is_answered_with_its_name(method: str, other: str) -> None:
+    here, there = (inspect.signature(getattr(fitkit.Model, each)).parameters for each in (method, other))
+    assert there.keys() - here.keys() <= INSTEAD[method].keys()
 
 
 @pytest.mark.parametrize("method", INSTEAD)
