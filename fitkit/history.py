@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
+from fitkit.checkpoints import write_atomically
 from fitkit.errors import nearest, needing, show, unknown_name
 from fitkit.log_keys import best_index, direction_of, is_detail
 
@@ -186,7 +187,7 @@ class History:
         """Writes a JSON file, whole or not at all; NaN and infinities are strings in it.
 
         Args:
-            path: where; a file that is there is replaced.
+            path: where; a file that is there is replaced, folders that are missing are made.
         """
         content = {
             "format": _FORMAT,
@@ -194,17 +195,8 @@ class History:
             **self.state_dict(),
             "history": {key: [_to_json(number) for number in column] for key, column in self.history.items()},
         }
-        path = Path(path)
-        # In the same folder: only there is the replacement one step. The id keeps two processes apart.
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "w", encoding="utf-8") as file:
-                json.dump(content, file, allow_nan=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        text = json.dumps(content, allow_nan=False, indent=1)
+        write_atomically(path, lambda file: file.write(text.encode()))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> History:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 from fitkit.callbacks.callback import Callback
+from fitkit.checkpoints import write_atomically
 from fitkit.errors import check_flag, show
 from fitkit.history import as_number
 
@@ -131,16 +133,10 @@ class CSVLogger(Callback):
         return keys, rows
 
     def _rewrite(self, rows: Sequence[Row]) -> None:
-        # In the same folder: only there is the replacement one step. The id keeps two processes apart.
-        path = Path(self.filename)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "w", encoding="utf-8", newline="") as file:
-                if self._keys:
-                    self._write(file, [{key: key for key in self._keys}, *rows])
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        text = io.StringIO(newline="")
+        if self._keys:
+            self._write(text, [{key: key for key in self._keys}, *rows])
+        write_atomically(self.filename, lambda file: file.write(text.getvalue().encode()))
 
     def _write(self, file: Any, rows: Iterable[Row]) -> None:
         writer = csv.DictWriter(file, self._keys, restval=MISSING, delimiter=self.separator, lineterminator="\n")
