@@ -22,6 +22,7 @@ from fitkit.data import kept_generators
 from fitkit.device import copy_back, kept_random_state
 from fitkit.errors import check_integer, check_number, needing
 from fitkit.gradients import kept_gradients
+from fitkit.optimization import learning_rates, set_learning_rates
 from fitkit.steps import held_parameters
 from fitkit.summary import kept_buffers
 
@@ -181,7 +182,7 @@ class RangeTest(Callback):
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         """Notes how the groups of the optimizer stand to each other."""
-        given = [float(group["lr"]) for group in self._optimizer.param_groups]
+        given = learning_rates(self._optimizer)
         largest = max(given)
         self._shares = [rate / largest if largest else 1.0 for rate in given]
 
@@ -189,11 +190,7 @@ class RangeTest(Callback):
         """Sets the next rate."""
         rate = self._start * (self._end / self._start) ** (len(self.rates) / (self._steps - 1))
         self.rates.append(rate)
-        for group, share in zip(self._optimizer.param_groups, self._shares, strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate * share)
-            else:
-                group["lr"] = rate * share
+        set_learning_rates(self._optimizer, [rate * share for share in self._shares])
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Notes the loss, and ends the test after the last rate or when the loss has exploded."""
