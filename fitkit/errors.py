@@ -49,6 +49,8 @@ def add_note(error: Exception, note: str) -> None:
     """Adds a line below an error's message, where tracebacks show it; the error stays the same object."""
     if sys.version_info >= (3, 11):
         error.add_note(note)
+    elif isinstance(error, OSError) and error.strerror is not None:
+        error.strerror = f"{error.strerror}\n{note}"
     elif error.args and isinstance(error.args[0], str):
         # Before Python 3.11 tracebacks know no notes. Most errors make their message of their arguments.
         error.args = (f"{error.args[0]}\n{note}", *error.args[1:])

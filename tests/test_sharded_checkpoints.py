@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import pickle
 import resource
@@ -151,10 +152,13 @@ def little_room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+# Torch's writer of a shard tries once more when it goes; Python 3.13 says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_an_error_and_leaves_what_was_saved_before(sharded: fitkit.Model, folder: Path) -> None:
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     with pytest.raises(OSError, match="saved could not be written: "), little_room():
         sharded.save(folder)
+    gc.collect()
     assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
     check_whole(folder)
 
