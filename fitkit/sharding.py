@@ -18,6 +18,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fitkit.batch import Share, tensors
 from fitkit.device import sum_dtype
@@ -251,25 +252,41 @@ class WholeGradients:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._parts: list[Any] = [part for part in module.modules() if part in _sharded_here]
+        self._sharded = _sharded(module)
+        self._parts = [part for part in self._sharded if part in _sharded_here]
         self._scatters = True
         # What this process keeps of a parameter, and the whole one.
         self._parameters: dict[int, tuple[Tensor, Tensor]] = {}
-        self._hooks = {
-            part: part.register_forward_pre_hook(partial(self._note, dict(part.named_parameters())))
-            for part in self._parts
-        }
+        self._hooks: dict[nn.Module, list[RemovableHandle]] = {}
+        self._listens = False
 
-    def _note(self, kept: dict[str, Tensor], part: nn.Module, _: Any) -> None:
-        """Notes the whole parameters of a part that is called for the first time."""
-        self._hooks.pop(part).remove()
-        for name, whole in part.named_parameters():
-            if is_shard(kept[name]) and not is_shard(whole):
-                self._parameters[id(whole)] = kept[name], whole
+    def _listen(self) -> None:
+        """Awaits the first call in each part; one by a forward method of torch's shows in the modules of the part."""
+        self._listens = True
+        elsewhere: set[int] = set()
+        for part in reversed(self._sharded):  # the inner ones first
+            kept = {
+                name: each for name, each in part.named_parameters() if is_shard(each) and id(each) not in elsewhere
+            }
+            elsewhere.update(map(id, kept.values()))
+            if kept and part in self._parts:
+                note = partial(self._note, part, kept)
+                self._hooks[part] = [each.register_forward_pre_hook(note) for each in part.modules()]
+
+    def _note(self, part: nn.Module, kept: dict[str, Tensor], *_: Any) -> None:
+        """Notes the whole parameters of a part, if they are put together now."""
+        wholes = {name: each for name, each in part.named_parameters() if name in kept and not is_shard(each)}
+        for name, whole in wholes.items():
+            self._parameters[id(whole)] = kept[name], whole
+        if wholes:
+            for hook in self._hooks.pop(part, ()):
+                hook.remove()
 
     def scatter(self, scatters: bool) -> None:
         """Says whether the next backward pass scatters the gradients, with those that are there already."""
         if scatters != self._scatters:
+            if not self._listens:
+                self._listen()
             self._scatters = scatters
             for part in self._parts:
                 part.set_requires_gradient_sync(scatters, recurse=False)
@@ -285,8 +302,9 @@ class WholeGradients:
 
     def release(self) -> None:
         """Lets all gradients go, and leaves the module as it was."""
-        for hook in self._hooks.values():
-            hook.remove()
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
         for _, whole in self._parameters.values():
             whole.grad = None
         self.scatter(True)
@@ -315,13 +333,16 @@ def _reached(value: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether each process keeps a part of the module's parameters, also while they are put together."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
+    return bool(_sharded(module))
 
 
 def let_go(module: nn.Module) -> None:
     """Lets parameters go that a pass without a backward pass has left together."""
+    for part in _sharded(module):
+        part.reshard()
+
+
+def _sharded(module: nn.Module) -> list[Any]:
+    """What is put together at once in it, the outer ones first."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for part in () if fsdp is None else module.modules():
-        if isinstance(part, fsdp.FSDPModule):  # type: ignore[union-attr]  # it is there
-            part.reshard()
+    return [] if fsdp is None else [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]

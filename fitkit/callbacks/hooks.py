@@ -86,8 +86,11 @@ class HookTable:
 
 def implemented_hooks(callback: object) -> list[str]:
     """The names of the hooks that the callback implements; functions set on the instance count too."""
-    own = _own_names(callback)
-    return [name for name in HOOKS if name in own and _implements(callback, name)]
+    kind = type(callback)
+    # What looks its attributes up in a way of its own, as a proxy does, has to be asked for each.
+    asked = kind.__getattribute__ is not object.__getattribute__ or not issubclass(kind, Callback)
+    names = HOOKS if asked else _own_names(callback)
+    return [name for name in HOOKS if name in names and _implements(callback, name)]
 
 
 def _own_names(callback: object) -> set[str]:
@@ -100,7 +103,7 @@ def _own_names(callback: object) -> set[str]:
 
 
 def _implements(callback: object, name: str) -> bool:
-    hook = getattr(callback, name)
+    hook = getattr(callback, name, None)
     return hook is not None and getattr(hook, "__func__", None) is not vars(Callback)[name]
 
 

@@ -66,6 +66,31 @@ def test_an_inherited_hook_of_the_users_own_base_counts() -> None:
     assert implemented_hooks(Child("a", [])) == ["on_epoch_end"]
 
 
+def test_a_hook_that_is_there_only_later_is_not_implemented_yet() -> None:
+    class Later(Callback):
+        __slots__ = ("on_epoch_end",)
+
+        @property
+        def on_train_end(self) -> Any:
+            return self.model.on_end
+
+    later = Later()
+    assert implemented_hooks(later) == []
+    later.on_epoch_end = print
+    assert implemented_hooks(later) == ["on_epoch_end"]
+
+
+def test_the_hooks_of_a_proxy_are_those_behind_it() -> None:
+    class Proxy:
+        __class__ = Callback
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(LambdaCallback(on_epoch_end=print, on_exception=print), name)
+
+    assert check_callbacks(Proxy())[0].on_epoch_end is print
+    assert implemented_hooks(Proxy()) == ["on_epoch_end", "on_exception"]
+
+
 def test_history_counts_though_it_is_no_callback() -> None:
     history = History()
     assert HookTable([history]).on_epoch_end == [history.on_epoch_end]

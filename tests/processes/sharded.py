@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import RANK, STRATEGY, SaveAt, classes, compiled, network, result, several
+from cases import RANK, STRATEGY, SaveAt, StopAt, classes, compiled, network, result, several
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 import fitkit
@@ -97,6 +97,31 @@ def refusals(folder: Path) -> Any:
         except ValueError as error:
             messages.append(str(error))
     return messages
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = network(), nn.Linear(3, 3)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+class Encoding(fitkit.Model):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.module.encode(batch[0]), batch[1])
+
+
+def methods(folder: Path) -> Any:
+    """Two runs by a method of the module's, the first of which ends within a window."""
+    model = Encoding(Encoder(), device="cpu", strategy=STRATEGY)
+    model.compile("adam", "cross_entropy")
+    if STRATEGY == "fsdp":
+        register_fsdp_forward_method(model.module, "encode")
+    for callbacks in ([StopAt(2)], []):
+        model.fit(*classes(), epochs=1, batch_size=8, verbose=0, accumulate_grad_batches=4, callbacks=callbacks)
+    return result(model)
 
 
 def middle(folder: Path) -> Any:

@@ -84,6 +84,18 @@ def test_a_sharded_module_gives_the_numbers_of_one_process_in_every_case(
     compare(launch, tmp_path, SHARDED, processes, by_torchrun=processes == 3)
 
 
+@needs_sharding
+def test_windows_of_passes_by_a_forward_method_may_end_early(launch: Any, tmp_path: Path) -> None:
+    for processes, strategy in ((1, "auto"), (2, "fsdp")):
+        folder = tmp_path / strategy
+        folder.mkdir()
+        ended = launch("sharded.py", "methods", folder, processes=processes, strategy=strategy)
+        assert ended.code == 0, ended.output
+    for rank in range(2):
+        one, each = found(tmp_path / "auto", "methods"), found(tmp_path / "fsdp", "methods", rank)
+        assert list(differences(one, each)) == []
+
+
 @pytest.fixture(scope="module")
 def trained(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """By number of processes, the folder in which half a run is saved, and what came of the whole."""
