@@ -148,8 +148,12 @@ class LoaderBatches(Batches):
         return own_generators(self._loader)
 
     def some_targets(self) -> Any:
-        dataset: Any = self._loader.dataset
-        if type(dataset) is not TensorDataset or (self.parts or 0) < 2:
+        dataset, sampler = self._loader.dataset, self._loader.sampler
+        # What a sampler leaves out is nobody's target.
+        takes_all = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
+        if type(dataset) is not TensorDataset or (self.parts or 0) < 2 or self._loader.batch_size is None:
+            return None
+        if not takes_all or len(sampler) != len(dataset):  # type: ignore[arg-type]
             return None
         return dataset.tensors[1][: self._loader.batch_size]
 
@@ -274,7 +278,8 @@ def _known_parts(loader: DataLoader[Any]) -> int | None:
     dataset: Any = loader.dataset
     while type(dataset) is Subset:
         dataset = dataset.dataset
-    if type(dataset) is not TensorDataset or loader.collate_fn is not default_collate or loader.batch_sampler is None:
+    stacks = type(loader) is DataLoader and loader.collate_fn is default_collate and loader.batch_sampler is not None
+    if not stacks or type(dataset) is not TensorDataset:
         return None
     return len(dataset.tensors) if len(dataset.tensors) <= 3 else None
 

@@ -353,3 +353,39 @@ def test_a_dataset_without_a_length_is_told_what_it_lacks() -> None:
 def test_data_that_does_not_go_with_the_arguments_is_refused(data: Any, arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trained_on(data, **arguments)
+
+
+def test_a_loader_that_makes_its_targets_itself_has_some() -> None:
+    class Same(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            for (x,) in super().__iter__():
+                yield x, x
+
+    model = fitkit.Model(nn.Linear(4, 4), device="cpu")
+    model.compile("sgd", "mse")
+    model.fit(Same(TensorDataset(torch.zeros(8, 4)), 4), epochs=1, verbose=0)
+    assert len(model.history["loss"]) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": SubsetRandomSampler(range(4, 8))},
+        {"batch_sampler": [[4, 5], [6, 7]]},
+        {"sampler": WeightedRandomSampler([0.0] * 4 + [1.0] * 4, 8)},
+    ],
+)
+def test_targets_that_a_sampler_leaves_out_are_not_looked_at(options: dict[str, Any]) -> None:
+    y = torch.tensor([[-1.0]] * 4 + [[1.0]] * 4)
+    model = fitkit.Model(nn.Sequential(nn.Linear(4, 1), nn.Sigmoid()), device="cpu")
+    model.compile("sgd", "bce")
+    model.fit(DataLoader(TensorDataset(torch.zeros(8, 4), y), **options), epochs=1, verbose=0)
+    assert len(model.history["loss"]) == 1
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_targets_of_a_loader_of_all_samples_are_looked_at(shuffle: bool) -> None:
+    model = fitkit.Model(nn.Sequential(nn.Linear(4, 1), nn.Sigmoid()), device="cpu")
+    model.compile("sgd", "bce")
+    with pytest.raises(ValueError, match="Expected targets from 0 to 1"):
+        model.fit(DataLoader(TensorDataset(torch.zeros(8, 4), -torch.ones(8, 1)), 4, shuffle=shuffle), verbose=0)
