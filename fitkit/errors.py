@@ -51,9 +51,10 @@ def add_note(error: Exception, note: str) -> None:
         error.add_note(note)
     elif isinstance(error, OSError) and error.strerror is not None:
         error.strerror = f"{error.strerror}\n{note}"
-    elif error.args and isinstance(error.args[0], str):
+    elif not error.args or isinstance(error.args[0], str):
         # Before Python 3.11 tracebacks know no notes. Most errors make their message of their arguments.
-        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
+        message, *others = error.args or ("",)
+        error.args = (f"{message}\n{note}", *others)
 
 
 @contextmanager
