@@ -90,7 +90,7 @@ class FitArguments:
             TypeError: others has an argument that fit has not.
         """
         defaults = {name: each.default for name, each in list(inspect.signature(fit).parameters.items())[3:]}
-        refuse_unknown(fit, others.keys() - defaults.keys())
+        refuse_unknown(fit, [name for name in others if name not in defaults])
         return cls(data, y, **{**defaults, **others})
 
     def flags(self) -> TrainingFlags:

@@ -56,8 +56,8 @@ from fitkit.device import kept_modes, kept_random_state
 from fitkit.errors import NonFiniteLossError, add_note
 from fitkit.flags import TrainingFlags
 from fitkit.history import History
+from fitkit.progress import Progress
 from fitkit.steps import PredictStep, TestStep, TrainStep
-from fitkit.training_state import Progress
 
 Hook = Callable[..., Any]
 

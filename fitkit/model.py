@@ -48,12 +48,13 @@ from fitkit.microbatches import report_size
 from fitkit.optimization import OptimizerArgument, follow_parameters, left_out, make_optimizer
 from fitkit.output_losses import OutputLosses
 from fitkit.preparation import OwnSteps, Preparation
+from fitkit.progress import Progress
 from fitkit.sharded_checkpoints import save_sharded, whole_state
 from fitkit.sharding import is_sharded, shard
 from fitkit.shared_steps import SharedStep, joined_outputs
 from fitkit.steps import PredictStep, TestStep, TrainStep, held_parameters
 from fitkit.summary import check_is_no_shape, summarize, summarize_remembered
-from fitkit.training_state import Progress, load_model, model_state, read_training_state, warned_of_untrained
+from fitkit.training_state import load_model, model_state, read_training_state, warned_of_untrained
 
 if TYPE_CHECKING:
     from fitkit.plan import Plan

@@ -29,10 +29,11 @@ from fitkit.gradients import norm_names
 from fitkit.history import History
 from fitkit.loop import FitRun, TestRun
 from fitkit.microbatches import FittingParts, split_by
+from fitkit.progress import Progress
 from fitkit.run_callbacks import callbacks_of_fit, check_monitors
 from fitkit.shared_steps import Agreement, SharedStep, taking_shares
 from fitkit.steps import TestStep, TrainStep, trained_parameters
-from fitkit.training_state import Progress, read_training_state
+from fitkit.training_state import read_training_state
 
 # Keras's names of the steps that a subclass overrides, those here, and their attributes in OwnSteps.
 KERAS_STEPS = {"train_step": ("training_step", "training"), "test_step": ("validation_step", "validation")}

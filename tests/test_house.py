@@ -26,9 +26,9 @@ FLOORS = [
     {"plan", "script"},
     {"preparation"},
     {"loop", "microbatches", "learning_rate_finder", "shared_steps"},
-    {"training_state", "rehearsal", "run_callbacks", "epoch_plans"},
+    {"progress", "rehearsal", "run_callbacks", "epoch_plans"},
     {"steps", "callbacks"},
-    {"joint_losses"},
+    {"joint_losses", "training_state"},
     {"numbers"},
     {"computation"},
     {"synchronisation", "sharding"},
@@ -39,7 +39,7 @@ FLOORS = [
     {"history_plots"},
     {"log_keys", "checkpoints"},
     {"distributed"},
-    {"batch", "device", "durations", "figures", "flags", "kinds", "loss_names"},
+    {"batch", "device", "durations", "figures", "flags", "kinds", "loss_names", "targets"},
     {"errors", "_types", "_version"},
 ]
 # What a callback may import of its own folder; the folder's __init__ imports every callback.

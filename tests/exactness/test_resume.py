@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import fitkit
-from fitkit import training_state
+from fitkit import progress
 from fitkit.callbacks import BackupAndRestore, Callback, EarlyStopping, LambdaCallback
 from fitkit.data import batches
 from fitkit.device import random_state
@@ -287,7 +287,7 @@ def test_a_run_that_nobody_can_save_notes_nothing(monkeypatch: pytest.MonkeyPatc
         return seen(device)
 
     monkeypatch.setattr(batches, "random_state", noting)
-    monkeypatch.setattr(training_state, "random_state", noting)
+    monkeypatch.setattr(progress, "random_state", noting)
     _, fit = KILLED.build(KILLED.RUNS["arrays"])
     fit()
     assert noted == []
