@@ -32,7 +32,7 @@ What a run does, in order (indices are 0-based; a hook that no callback implemen
         on_predict_end()
 
 The loop knows the order of things and when to stop. What happens to a batch is in steps.py, where batches come from
-in data/, what callbacks do in callbacks/. A fit that goes on from a file (training_state.py) enters its first epoch at
+in data/, what callbacks do in callbacks/. A fit that goes on from a file (progress.py) enters its first epoch at
 the stage at which the file was saved.
 """
 
