@@ -285,7 +285,8 @@ def on_cpu(output: Any) -> Any:
         if output.dim() == 0:
             return None
         # A module may write its next output where it wrote this one.
-        return output.detach().clone() if output.device.type == "cpu" else output.detach().cpu()
+        detached = output.detach() if output.requires_grad else output
+        return detached.clone() if output.is_cpu else detached.cpu()
     if isinstance(output, Mapping):
         return {key: on_cpu(value) for key, value in output.items()}
     if isinstance(output, tuple) and hasattr(output, "_fields"):
@@ -303,11 +304,12 @@ def join(outputs: Sequence[Any]) -> Any:
     """
     first = outputs[0]
     if isinstance(first, Tensor):
-        shapes = {tuple(output.shape[1:]) for output in outputs}
+        shapes = {output.shape[1:] for output in outputs}
         if len(shapes) > 1:
             raise ValueError(
-                f"Expected outputs of one shape behind the batch dimension, received {sorted(shapes)}. Pad them in "
-                "predict_step, or predict batch by batch with predict_on_batch."
+                "Expected outputs of one shape behind the batch dimension, received "
+                f"{sorted(map(tuple, shapes))}. Pad them in predict_step, or predict batch by batch with "
+                "predict_on_batch."
             )
         return torch.cat(list(outputs))
     if isinstance(first, Mapping):

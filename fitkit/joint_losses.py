@@ -23,7 +23,7 @@ from fitkit.numbers import Numbers
 # How many batches wait at most, and how many elements their outputs and targets have together: they are to be found in
 # the cache.
 MOST_BATCHES = 64
-MOST_ELEMENTS = 2**18
+MOST_ELEMENTS = 2**17
 # How many bytes the batches have together that wait: see BATCH_BYTES in metrics/gathering.py.
 MOST_BYTES = 2**23
 

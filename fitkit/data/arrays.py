@@ -27,7 +27,7 @@ BATCHES_PER_CHUNK = 64
 BYTES_PER_CHUNK = 2**18
 # How large a batch of an evaluation or prediction may be when its size is left to us: small samples only.
 MOST_LARGE_BATCH = 4096
-BYTES_LARGE_BATCH = 2**18
+BYTES_LARGE_BATCH = 2**17
 
 
 @final
@@ -264,7 +264,8 @@ def _cut(rows: Rows, start: int, stop: int, index: Tensor | None, size: int) -> 
 
     Batches are pieces of a chunk, but no views to autograd: a module may work in place on its input.
     """
-    return torch.unsafe_split(rows.cut(start, stop) if index is None else rows.take(index), size)
+    chunk = rows.cut(start, stop) if index is None else rows.take(index)
+    return (chunk,) if len(chunk) <= size else torch.unsafe_split(chunk, size)
 
 
 def _draw() -> int:
