@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -28,21 +28,17 @@ MOST_ELEMENTS = 2**17
 MOST_BYTES = 2**23
 
 
-class Unjudged(NamedTuple):
-    """A batch before loss and metrics: nothing that the module or a loader may still write into."""
-
-    output: Tensor
-    target: Tensor
-    batch: int
-
-
 @final
 class JointLosses:
     """Takes batches to the module, and what it gives to loss and metrics, many at a time.
 
+    Outputs and targets that wait are copied into one place each, of the same memory all along: the module may write its
+    next output where it wrote this one, a loader its next target, and what is allocated between two passes of a module
+    costs both their place in the cache.
+
     Args:
         compiled: what `Model.compile` made; `serves` is true of it.
-        numbers: of the run.
+        numbers: of the run; they keep nothing that they are given as it is.
 
     Attributes:
         failed_at: the index of the batch in which an error came up, where that is not the latest.
@@ -58,10 +54,10 @@ class JointLosses:
         self.begin_epoch()
 
     @staticmethod
-    def serves(compiled: Compiled, numbers: Numbers) -> bool:
+    def serves(compiled: Compiled) -> bool:
         """Whether loss and metrics are functions of outputs and targets that give means over the data."""
         losses = compiled.losses
-        if losses is None or losses.keys is not None or not numbers.metrics.are_by_name:
+        if losses is None or losses.keys is not None or not compiled.metrics.are_by_name:
             return False
         loss = losses.losses[0]
         is_mean = loss is not None and loss.may_wait and loss.is_mean_over_data
@@ -70,10 +66,12 @@ class JointLosses:
     def begin_epoch(self) -> None:
         """Forgets what waits."""
         self.failed_at: int | None = None
-        self._waiting: list[Unjudged] = []
-        # How batches look that may wait, and how many of them.
+        # The indices of the batches that wait, and where output and target of each are.
+        self._waiting: list[int] = []
+        self._outputs = self._targets = torch.empty(0)
+        self._places: list[tuple[Tensor, Tensor]] = []
+        # How batches look that may wait.
         self._like: object = None
-        self._most = 0
 
     def take(self, batch: Any, index: int) -> bool:
         """Takes a batch in; False where it is none of (x, y) with one tensor y, and nothing was done."""
@@ -84,18 +82,29 @@ class JointLosses:
         if self._transfer.is_needed:
             x, y, _ = batches_of.unpack(self._transfer(batch).on_device)
         output = batches_of.forward(self._forward, x)
-        if isinstance(output, Tensor) and (output.shape, y.shape, y.dtype) == self._like:
-            if len(self._waiting) >= self._most:  # not before: the latest batch's own loss may be asked for
+        if isinstance(output, Tensor) and _look(output, y) == self._like:
+            if len(self._waiting) >= len(self._places):  # not before: the latest batch's own loss may be asked for
                 self.settle()
-            target = y if self._numbers.owns_targets else y.clone()
-            self._waiting.append(Unjudged(output.clone(), target, index))
+            place_of_output, place_of_target = self._places[len(self._waiting)]
+            place_of_output.copy_(output)
+            place_of_target.copy_(y)
+            self._waiting.append(index)
             return True
         self.settle()
         outcome = self._judge(output, y)
         self._numbers.add(outcome, index, batch)
-        self._most = self._room(outcome, y, batch)
-        self._like = (output.shape, y.shape, y.dtype) if self._most > 1 else None
+        self._make_room(output, y, self._room(outcome, y, batch))
         return True
+
+    def _make_room(self, output: Any, y: Tensor, batches: int) -> None:
+        """Sets how batches look that may wait, and how many of them, from the latest one."""
+        self._like = None
+        # A tensor of a class of its own may be more than its numbers.
+        if batches > 1 and type(output) is type(y) is Tensor and output.numel() and y.numel():
+            self._like = _look(output, y)
+            rooms = [part.new_empty((batches * len(part), *part.shape[1:])) for part in (output, y)]
+            self._outputs, self._targets = rooms
+            self._places = list(zip(self._outputs.split(len(output)), self._targets.split(len(y)), strict=True))
 
     @staticmethod
     def _room(outcome: Outcome, y: Tensor, batch: Any) -> int:
@@ -111,20 +120,20 @@ class JointLosses:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        outputs, targets, indices = zip(*waiting, strict=True)
-        outcome = self._as_one(outputs, targets)
+        outcome = self._as_one(len(waiting))
         if outcome is not None:
-            self._numbers.add(outcome, indices[0])
+            self._numbers.add(outcome, waiting[0])
             return
-        for output, target, index in waiting:
+        for (output, target), index in zip(self._places, waiting, strict=False):
             self.failed_at = index
             self._numbers.add(self._judge(output, target), index)
         self.failed_at = None
 
-    def _as_one(self, outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Outcome | None:
+    def _as_one(self, batches: int) -> Outcome | None:
         """None where the loss refuses a batch, or on the CPU is not finite; an accelerator is not asked."""
+        output, target = self._places[0]
         try:
-            outcome = self._judge(torch.cat(outputs), torch.cat(targets))
+            outcome = self._judge(self._outputs[: batches * len(output)], self._targets[: batches * len(target)])
         except Exception:
             return None
         loss = outcome.parts[0].value
@@ -153,10 +162,9 @@ class JointLosses:
         waiting, before = list(self._waiting), self._numbers.state_dict()
         try:
             with torch.no_grad():
-                *others, (output, target, index) = waiting
-                self._waiting = others
+                self._waiting = waiting[:-1]
                 self.settle()
-                self._numbers.add(self._judge(output, target), index)
+                self._numbers.add(self._judge(*self._places[len(waiting) - 1]), waiting[-1])
             yield
         finally:
             self._numbers.load_state_dict(before)
@@ -167,3 +175,8 @@ class JointLosses:
         assert loss is not None  # it serves
         target = loss.fit_target(output, y)
         return Outcome([loss(output, target, len(y))], [output], [target], None, {}, len(y))
+
+
+def _look(output: Tensor, y: Tensor) -> object:
+    """What is the same of batches that wait together."""
+    return type(output), output.shape, output.dtype, type(y), y.shape, y.dtype

@@ -76,7 +76,7 @@ class Numbers:
 
     def __post_init__(self) -> None:
         # Nothing can be refused in a batch that is like the one before, where torch's loss and metrics by name see it.
-        self._may_put_off = self.makes_losses and self.several is None and self.metrics.are_by_name
+        self._may_put_off = self.makes_losses and self.several is None and self.compiled.metrics.are_by_name
         self._measures = bool(self.metrics.names)
         self._put_off: list[PutOff] = []
         # How many batches may be put off; where they are measured only those whose output and target have these shapes.

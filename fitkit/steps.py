@@ -366,12 +366,13 @@ class TestStep:
         owns_batches: bool = False,
         is_shared: bool = False,
     ) -> None:
-        self.numbers = Numbers.start(compiled, user_step, owns_batches=owns_batches)
+        may_join = user_step is None and JointLosses.serves(compiled)
+        # What waits for joint losses is written over.
+        self.numbers = Numbers.start(compiled, user_step, owns_batches=owns_batches and not may_join)
         self.numbers.is_shared = is_shared
         self._module = compiled.module
         compute = Computation(compiled, user_step)
         self._compute = autocasting(compute, compiled.precision, compiled.device)
-        may_join = user_step is None and JointLosses.serves(compiled, self.numbers)
         self._joint = JointLosses(compiled, self.numbers) if may_join else None
         self.logs = BatchLogs(self.numbers if self._joint is None else self._joint)
 

@@ -74,6 +74,7 @@ class CompiledMetrics:
 
     Attributes:
         names: the log keys in order, those of weighted metrics last; with output names, ``<output>_<metric>``.
+        are_by_name: whether all are; a user's metric sees each batch in its turn.
 
     Raises:
         ValueError: an unknown name, keys that repeat or are used otherwise, entries for other outputs than there are, a
@@ -90,6 +91,7 @@ class CompiledMetrics:
             *self._entries_of(weighted_metrics, "weighted_metrics", weighted=True),
         ]
         self.names = [key for entry in self._entries for key in entry.keys]
+        self.are_by_name = all(isinstance(entry.metric, NamedMetric) for entry in self._entries)
         self._check_keys()
 
     def start(

@@ -32,9 +32,6 @@ class RunningMetrics:
         groups: each with the index of its output.
         outputs: how many outputs there are.
         shared: whether several metrics of the user's are given the same, so that each needs copies of its own.
-
-    Attributes:
-        are_by_name: whether all are; a user's metric sees each batch in its turn.
     """
 
     def __init__(
@@ -44,7 +41,6 @@ class RunningMetrics:
         self.names = list(names)
         self._groups = list(groups)
         self._outputs = outputs
-        self.are_by_name = all(group.by_name for _, group in groups)
 
     def update(
         self,
