@@ -1,7 +1,7 @@
 """Keras's compile, fit, evaluate and predict for any torch.nn.Module, with numbers that stay exact."""
 
 # Before anything of fitkit: from deep within its modules, importing torch takes 4 % longer.
-import torch  # noqa: F401
+import torch as _torch  # noqa: F401
 
 from fitkit import callbacks
 from fitkit._version import __version__
