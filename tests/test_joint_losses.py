@@ -234,3 +234,12 @@ def test_an_evaluation_may_be_read_within_an_inference_mode() -> None:
     expected = model.evaluate(x, y, batch_size=BATCH, verbose=0)
     with torch.inference_mode():
         assert model.evaluate(x, y, batch_size=BATCH, callbacks=[Losses()], verbose=0) == expected
+
+
+def test_a_metric_that_keeps_rows_keeps_them_when_others_wait_in_their_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(20_000, 5, generator=generator), torch.randn(20_000, CLASSES, generator=generator)
+    y = (x[:, :CLASSES] + noise).argmax(1)
+    model = compiled("multi_margin", ["auroc", "average_precision"])
+    expected = model.evaluate(x, y, batch_size=len(x), verbose=0)
+    assert model.evaluate(x, y, batch_size=100, verbose=0) == pytest.approx(expected)  # type: ignore[comparison-overlap]

@@ -93,6 +93,8 @@ class Gathering:
         # keep the same states, which one of them keeps for all.
         self._metrics: dict[str, tuple[Keeper, Keeper]] = {}
         self._keepers: dict[tuple[object, Given], Keeper] = {}
+        # Whether one of them keeps the rows that it is given, and not their sums alone.
+        self._keeps_rows = False
 
     @property
     def room(self) -> int:
@@ -121,7 +123,7 @@ class Gathering:
         # The first batch does not wait, so that what a metric refuses is refused there.
         waits = self._samples and self._batch_elements <= self._most_waiting
         self._samples += self._batch_samples
-        if waits and not are_kept:
+        if (waits or self._keeps_rows) and not are_kept:
             # Copies: a module may write its next output where it wrote this one, and so may a loader its next target.
             copies = (rows[0].clone(), *rows[1:]) if self._owns_targets else tuple([part.clone() for part in rows])
             rows = copies
@@ -182,6 +184,8 @@ class Gathering:
                 metric = named.build(reading, self._device)
                 keeper = self._keepers.setdefault((type(metric).update, named.given), metric)
                 self._metrics[key] = (metric, keeper)
+        states = [state for keeper in self._keepers.values() for state in keeper.metric_state.values()]
+        self._keeps_rows = any(isinstance(state, list) for state in states)
 
     def _sum_up(self) -> None:
         if not self._held:

@@ -306,3 +306,19 @@ def test_there_is_room_for_no_more_elements_than_are_held(classes: int) -> None:
     for _ in range(2):
         running.update([torch.randn(4, classes)], [torch.randint(classes, (4,))], None)
     assert running.room * 4 * (classes + 1) <= HELD_ELEMENTS
+
+
+@pytest.mark.parametrize("name", ["auroc", "average_precision", "spearman"])
+def test_what_is_kept_of_large_batches_is_no_memory_that_is_written_into_again(name: str) -> None:
+    classes, rows = name in OF_CLASSES, gathering_module.CACHED_ELEMENTS
+    meaning = OutputMeaning("logits", classes=True) if classes else VALUES
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(3, rows, 3, generator=generator, dtype=torch.float64)
+    targets = outputs + torch.randn(3, rows, 3, generator=generator, dtype=torch.float64)
+    targets = targets.argmax(2) if classes else targets
+    running, output, target = gather([name], meaning), torch.empty_like(outputs[0]), torch.empty_like(targets[0])
+    for index in range(3):
+        running.update(output.copy_(outputs[index]), target.copy_(targets[index]), None)
+    alone = gather([name], meaning)
+    alone.update(outputs.flatten(0, 1), targets.flatten(0, 1), None)
+    assert running.compute([name])[name] == pytest.approx(alone.compute([name])[name])
