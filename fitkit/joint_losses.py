@@ -82,6 +82,8 @@ class JointLosses:
         if self._transfer.is_needed:
             x, y, _ = batches_of.unpack(self._transfer(batch).on_device)
         output = batches_of.forward(self._forward, x)
+        if isinstance(output, Tensor) and output.requires_grad:  # a module may have switched gradients on
+            output = output.detach()
         if isinstance(output, Tensor) and _look(output, y) == self._like:
             if len(self._waiting) >= len(self._places):  # not before: the latest batch's own loss may be asked for
                 self.settle()

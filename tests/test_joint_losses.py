@@ -243,3 +243,16 @@ def test_a_metric_that_keeps_rows_keeps_them_when_others_wait_in_their_place() -
     model = compiled("multi_margin", ["auroc", "average_precision"])
     expected = model.evaluate(x, y, batch_size=len(x), verbose=0)
     assert model.evaluate(x, y, batch_size=100, verbose=0) == pytest.approx(expected)  # type: ignore[comparison-overlap]
+
+
+def test_a_module_that_switches_gradients_on_is_evaluated() -> None:
+    class SwitchesOn(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.set_grad_enabled(True)
+            return super().forward(x)
+
+    x, y = data()
+    expected = compiled("cross_entropy", ["accuracy"]).evaluate(x, y, batch_size=BATCH, verbose=0)
+    model = compiled("cross_entropy", ["accuracy"], SwitchesOn(5, CLASSES))
+    model.module.load_state_dict(compiled("cross_entropy").module.state_dict())
+    assert model.evaluate(x, y, batch_size=BATCH, verbose=0) == expected
