@@ -104,7 +104,8 @@ class JointLosses:
         # A tensor of a class of its own may be more than its numbers.
         if batches > 1 and type(output) is type(y) is Tensor and output.numel() and y.numel():
             self._like = _look(output, y)
-            rooms = [part.new_empty((batches * len(part), *part.shape[1:])) for part in (output, y)]
+            with torch.inference_mode(False):  # later batches may come outside of one that this batch came in
+                rooms = [part.new_empty((batches * len(part), *part.shape[1:])) for part in (output, y)]
             self._outputs, self._targets = rooms
             self._places = list(zip(self._outputs.split(len(output)), self._targets.split(len(y)), strict=True))
 

@@ -256,3 +256,17 @@ def test_a_module_that_switches_gradients_on_is_evaluated() -> None:
     model = compiled("cross_entropy", ["accuracy"], SwitchesOn(5, CLASSES))
     model.module.load_state_dict(compiled("cross_entropy").module.state_dict())
     assert model.evaluate(x, y, batch_size=BATCH, verbose=0) == expected
+
+
+def test_some_batches_may_come_within_an_inference_mode() -> None:
+    x, y = data()
+
+    class Batches:
+        def __iter__(self) -> Any:
+            for index, batch in enumerate(zip(x.split(BATCH), y.split(BATCH), strict=True)):
+                with torch.inference_mode(index % 3 == 0):
+                    yield batch
+
+    model = compiled("cross_entropy", ["accuracy"])
+    expected = model.evaluate(x, y, batch_size=BATCH, verbose=0)
+    assert model.evaluate(Batches(), verbose=0) == expected  # type: ignore[arg-type]
