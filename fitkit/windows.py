@@ -106,7 +106,8 @@ class Window:
 
     def expect(self, weight: float) -> None:
         """Says what one of its batches is expected to weigh, where that is known before the first one."""
-        self._expected = [self.size * weight]
+        # Not by its parts, of which another process may have more or fewer.
+        self._expected = [self._batches_left * weight]
 
     def weights(self) -> list[Weight]:
         """What the micro-batches so far weigh together, of each output; nothing before the first one."""

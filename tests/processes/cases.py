@@ -364,6 +364,11 @@ def micro_batches() -> Any:
 
 
 @case
+def micro_batches_of_which_a_process_has_fewer() -> Any:
+    return trained(compiled(), *classes(49), batch_size=8, micro_batch_size=1, accumulate_grad_batches={0: 1, 1: 2})
+
+
+@case
 def micro_batches_that_fit() -> Any:
     return trained(compiled(), *classes(49, ignored=9), micro_batch_size="auto", accumulate_grad_batches=2)
 
