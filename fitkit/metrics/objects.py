@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, final
 
 import torch
@@ -21,7 +21,7 @@ from fitkit.errors import show
 from fitkit.metrics.gathering import Gathering
 from fitkit.metrics.names import NamedMetric
 from fitkit.metrics.readings import weighed
-from fitkit.metrics.states import check_grown, load_into
+from fitkit.metrics.states import check_grown, join_into, load_into
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -91,17 +91,17 @@ class TorchmetricsMetric:
         self._device = device
         self._names = collection_names(metric)
         self._metric = copy.deepcopy(metric).to(device)
-        for part in self._parts():
+        for part in self._parts().values():
             part.compute_with_cache = False
-            # Without this, reading a running value in one process would wait for all the others.
+            # Without this, reading a value in one process would wait for all the others.
             part.distributed_available_fn = _never
             part.persistent(True)
         self.reset()
 
-    def _parts(self) -> list[Metric]:
+    def _parts(self) -> dict[str, Metric]:
         from torchmetrics import Metric
 
-        return [module for module in self._metric.modules() if isinstance(module, Metric)]
+        return {name: module for name, module in self._metric.named_modules() if isinstance(module, Metric)}
 
     def expect(self, batch_bytes: int) -> None:
         """Nothing waits here."""
@@ -156,16 +156,23 @@ class TorchmetricsMetric:
         """Nothing is computed: a user's metric may need more data than there is yet."""
 
     def compute_across(self, states: Sequence[dict[str, Any]], keys: Collection[str]) -> dict[str, Tensor]:
-        here = self._has_data
-        for part in self._parts():
-            part.distributed_available_fn = _always
-        self._has_data = any(state["has_data"] for state in states)
+        found = [state["metric"] for state in states if state["has_data"]]
+        if not found:
+            return {}
+        own, here = self.state()["metric"], self._has_data
         try:
+            for prefix, part in self._parts().items():
+                join_into(part, [_under(prefix, state, part) for state in found], self._device)
+            self._has_data = True
             return self.compute(keys)
         finally:
+            load_into(self._metric, own, self._device)
             self._has_data = here
-            for part in self._parts():
-                part.distributed_available_fn = _never
+
+
+def _under(prefix: str, state: Mapping[str, Any], part: Metric) -> dict[str, Any]:
+    """What one metric keeps, of the state of all that it is a part of."""
+    return {name: state[f"{prefix}.{name}" if prefix else name] for name in part.metric_state}
 
 
 def is_torchmetrics(value: object) -> TypeGuard[Metric | MetricCollection]:
@@ -183,7 +190,3 @@ def collection_names(metric: Metric | MetricCollection) -> list[str] | None:
 
 def _never() -> bool:
     return False
-
-
-def _always() -> bool:
-    return True

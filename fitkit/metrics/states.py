@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
-from fitkit.batch import mapped, tensors
+from fitkit.batch import mapped
 from fitkit.device import sum_dtype
 from fitkit.errors import show
 from fitkit.metrics.weighted_mean import WeightedMean
@@ -78,19 +78,31 @@ def check_grown(found: Mapping[str, Any], empty: Mapping[str, Any]) -> None:
             raise ValueError(f"Expected what {show(before)} becomes as {name}, received {show(state)}.")
 
 
-def join_into(metric: Keeper, states: Sequence[dict[str, Any]], device: torch.device) -> None:
+def join_into(metric: Keeper, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
     """Gives a metric what those of several processes keep, joined by torchmetrics' own sync.
 
     The states are gathered before, as torchmetrics' own way to do it breaks where a process has no rows.
+
+    Args:
+        metric: keeps what is joined in place of what it kept.
+        states: what each process keeps, by name; of those that have data.
+        device: where the metric is.
     """
     if isinstance(metric, WeightedMean):
         load_into(metric, {name: sum(state[name] for state in states) for name in metric.metric_state}, device)
         return
-    load_into(metric, states[0], device)
-    everywhere = [tensors(mapped(lambda tensor: tensor.to(device), state)) for state in states]
-    own = tensors(metric.metric_state)
-    gathered = {id(mine): list(all_of_it) for mine, all_of_it in zip(own, zip(*everywhere, strict=True), strict=True)}
-    metric.sync(dist_sync_fn=lambda mine, group: gathered[id(mine)], distributed_available=lambda: True)
+    everywhere = [mapped(lambda tensor: tensor.to(device), dict(state)) for state in states]
+    of_all = {name: [each for state in everywhere for each in _listed(state[name])] for name in metric.metric_state}
+    # The first entry of a list stands for all, of which not every process needs to have as many.
+    are_lists = {name: isinstance(kept, list) for name, kept in everywhere[0].items()}
+    load_into(metric, {name: all_[:1] if are_lists[name] else all_[0] for name, all_ in of_all.items()}, device)
+    gathered = {id(mine): of_all[name] for name, kept in metric.metric_state.items() for mine in _listed(kept)}
+    # Of a list that is empty everywhere, torchmetrics makes an empty tensor, which stays what it is.
+    metric.sync(dist_sync_fn=lambda mine, group: gathered.get(id(mine), [mine]), distributed_available=lambda: True)
     joined = metric.metric_state
     metric.unsync()
     metric.load_state_dict(joined)
+
+
+def _listed(kept: Any) -> list[Any]:
+    return kept if isinstance(kept, list) else [kept]

@@ -343,6 +343,33 @@ def a_metric_of_torchmetrics() -> Any:
 
 
 @case
+def metrics_of_torchmetrics_without_rows_in_a_process() -> Any:
+    import torchmetrics
+
+    given = {"task": "multiclass", "num_classes": 3}
+    counts = torchmetrics.MetricCollection([torchmetrics.Accuracy(**given), torchmetrics.F1Score(**given)])
+
+    class Median(torchmetrics.Metric):
+        """Keeps rows, and as many entries as it had batches."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("labels", [], dist_reduce_fx="cat")
+            self.add_state("tops", [], dist_reduce_fx=None)
+
+        def update(self, output: Tensor, target: Tensor) -> None:
+            self.labels.append(target)
+            self.tops.extend(output.max(1).values)
+
+        def compute(self) -> Tensor:
+            labels = self.labels if isinstance(self.labels, Tensor) else torch.cat(self.labels)
+            return torch.stack(self.tops).median() + labels.float().mean()
+
+    model = compiled(metrics=[counts, Median()])
+    return trained(model, *classes(), validation_data=classes(1))
+
+
+@case
 def a_metric_function() -> Any:
     return trained(compiled("mse", [lambda output, target: (output - target).abs().mean(1)], outputs=2), *values())
 
