@@ -57,7 +57,8 @@ class Batches(abc.ABC):
         Kinds that can load a part alone do; here the whole batch is read, and the part taken from it. What the pass
         draws before its first batch is drawn at once.
         """
-        return _shares_of(self.after(done) if done else iter(self), processes)
+        whole = self.after(done) if done else iter(self)
+        return _shares_of(whole if processes.world == 1 else _DrawingAlike(whole), processes)
 
     def facts(self) -> dict[str, Any]:
         """What the numbers of a run depend on, by the argument that sets it: the number of batches, their size."""
@@ -122,6 +123,40 @@ class Batches(abc.ABC):
     def in_large_batches(self) -> Batches:
         """The same data in larger batches, where nobody chose their size and the numbers do not depend on it."""
         return self
+
+
+@final
+class _DrawingAlike:
+    """Batches that every process reads whole draw the same numbers in all of them, whatever else these draw in between.
+
+    As long as nothing else does, the global generator is left as in one process.
+
+    Args:
+        whole: makes its batches when it is asked for them; what it draws comes from where the generator is now.
+    """
+
+    def __init__(self, whole: Iterator[Any]) -> None:
+        self._whole = whole
+        self._state = torch.get_rng_state()
+        self._is_apart = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        other = torch.get_rng_state()
+        if not self._is_apart and not torch.equal(other, self._state):
+            # What else is drawn must not be what is drawn here.
+            self._is_apart = True
+            torch.manual_seed(int(torch.randint(2**62, (), device="cpu")))
+            other = torch.get_rng_state()
+        torch.set_rng_state(self._state)
+        try:
+            return next(self._whole)
+        finally:
+            self._state = torch.get_rng_state()
+            if self._is_apart:
+                torch.set_rng_state(other)
 
 
 def _shares_of(whole: Iterator[Any], processes: Processes) -> Iterator[Share]:

@@ -14,7 +14,7 @@ import torch
 from fitkit.batch import Share
 from fitkit.data.batches import Batches
 from fitkit.data.inputs import Input
-from fitkit.distributed import Processes, part_ways, share_random_state
+from fitkit.distributed import Processes, of_first, part_ways, share_random_state
 
 # Of a part: whether it has samples to be loaded, how many of it count, and those of the whole batch.
 Size = tuple[bool, int, int]
@@ -44,13 +44,21 @@ class SharedBatches(Batches):
 
     def __iter__(self) -> Iterator[Any]:
         share_random_state(self._device)
+        self._share_generators()
         shares = self._whole.shares(self._processes, 0)
         if self._training:
             part_ways()
         return shares
 
     def after(self, done: int) -> Iterator[Any]:
+        self._share_generators()
         return self._whole.shares(self._processes, done)
+
+    def _share_generators(self) -> None:
+        """Gives the data's own generators the state that they have in rank 0."""
+        if own := self.generators:
+            for generator, state in zip(own, of_first([each.get_state() for each in own]), strict=True):
+                generator.set_state(state)
 
     def facts(self) -> dict[str, Any]:
         return self._whole.facts()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import fitkit
 from fitkit.callbacks import Callback, EarlyStopping, ReduceLROnPlateau, SwapEMAWeights, TerminateOnNaN
@@ -186,6 +186,33 @@ def a_generator() -> Any:
     x, y = classes()
     ready = ((x[start : start + 7], y[start : start + 7]) for start in range(0, 49, 7))
     return trained(compiled(), ready, batch_size=None, steps_per_epoch=3, accumulate_grad_batches=2)
+
+
+@case
+def a_generator_that_draws() -> Any:
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield torch.randn(7, 4), torch.randint(0, 3, (7,))
+
+    found = trained(compiled(), endless(), batch_size=None, steps_per_epoch=3)
+    return {**found, "drawn_next": torch.rand(2).tolist()}
+
+
+class Shuffling(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = classes()
+        return ((x[index], y[index]) for index in torch.randperm(50).tolist())
+
+
+@case
+def a_stream_that_shuffles() -> Any:
+    return trained(compiled(), Shuffling())
+
+
+@case
+def a_loader_with_a_generator_of_its_own() -> Any:
+    generator = torch.Generator().manual_seed(5 + RANK)
+    return trained(compiled(), DataLoader(Points(), 16, shuffle=True, generator=generator), batch_size=None)
 
 
 @case
