@@ -6,7 +6,7 @@ in its own file, by `Batches.shares`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from fitkit.batch import Share
 from fitkit.data.batches import Batches
 from fitkit.data.inputs import Input
-from fitkit.distributed import Processes, of_first, part_ways, share_random_state
+from fitkit.distributed import Processes, gather, of_first, part_ways, share_random_state
 
 # Of a part: whether it has samples to be loaded, how many of it count, and those of the whole batch.
 Size = tuple[bool, int, int]
@@ -41,8 +41,10 @@ class SharedBatches(Batches):
         self._training = training
         self.length, self.again = whole.length, whole.again
         self.owned, self.parts = whole.owned, whole.parts
+        self._is_checked = False
 
     def __iter__(self) -> Iterator[Any]:
+        self._check_alike()
         share_random_state(self._device)
         self._share_generators()
         shares = self._whole.shares(self._processes, 0)
@@ -53,6 +55,21 @@ class SharedBatches(Batches):
     def after(self, done: int) -> Iterator[Any]:
         self._share_generators()
         return self._whole.shares(self._processes, done)
+
+    def _check_alike(self) -> None:
+        """Refuses data that are not as long in all processes: those with more would wait for the others."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        own, *others = gather(self._whole.facts())
+        for rank, other in enumerate(others, start=1):
+            if other != own:
+                error = ValueError(
+                    f"Expected the same data in every process, received {_listed(own)} in process 0 and "
+                    f"{_listed(other)} in process {rank}. Give each all of it: of every batch it takes its part."
+                )
+                error.is_of_all = True  # type: ignore[attr-defined]  # no other process waits for this one
+                raise error
 
     def _share_generators(self) -> None:
         """Gives the data's own generators the state that they have in rank 0."""
@@ -80,6 +97,10 @@ class SharedBatches(Batches):
     @property
     def source(self) -> Any:
         return self._whole.source
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in facts.items()) or "data that does not tell its length"
 
 
 def counted(

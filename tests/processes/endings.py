@@ -155,6 +155,8 @@ def refused() -> None:
         lambda: alone.fit(*data(), epochs=1, verbose=0),
         lambda: made().fit(loader, epochs=1, verbose=0),
         lambda: made().find_learning_rate(*data(), verbose=0),
+        lambda: made().fit(*data(64 - 8 * RANK), epochs=1, verbose=0),
+        lambda: made().evaluate([data(8)] * (2 + RANK), verbose=0),
     ):
         try:
             call()

@@ -73,7 +73,8 @@ def test_single_works_alone_in_each_process(together: tuple[str, Path]) -> None:
 
 
 def test_what_processes_cannot_share_is_refused(together: tuple[str, Path]) -> None:
-    for words in ("one that trains by itself", "DistributedSampler", "find_learning_rate"):
+    lengths = ("the number of samples=56, .* in process 1", "the number of batches=2 in process 0")
+    for words in ("one that trains by itself", "DistributedSampler", "find_learning_rate", *lengths):
         assert len(re.findall(f"refused .*{words}", together[0])) == 2, together[0]
 
 
