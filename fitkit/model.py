@@ -733,7 +733,7 @@ class Model:
                 batch (of its last part, with micro_batch_size); before a fit, after one with a training_step of your
                 own or with batch objects of another library, it leaves the shapes out.
             depth: how many levels of nested modules are shown.
-            print_fn: what the text is given to.
+            print_fn: what the text is given to; of several processes, print is called by rank 0 alone.
 
         Raises:
             ValueError: depth is below 1.
@@ -743,11 +743,14 @@ class Model:
         check_is_no_shape(input_data)
         if input_data is not None:
             batch = _one_batch(self._preparation(for_prediction=True), input_data, None, None)
-            print_fn(summarize(self.module, unpack(batch)[0], depth=depth))
+            text = summarize(self.module, unpack(batch)[0], depth=depth)
         elif self._latest_input is None:
-            print_fn(summarize(self.module, depth=depth))
+            text = summarize(self.module, depth=depth)
         else:
-            print_fn(summarize_remembered(self.module, self._latest_input, depth=depth))
+            text = summarize_remembered(self.module, self._latest_input, depth=depth)
+        processes = processes_of(self._strategy)
+        if print_fn is not print or processes is None or processes.rank == 0:
+            print_fn(text)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the whole training state, as a whole or not at all.

@@ -117,6 +117,7 @@ def writing() -> None:
     ]
     model.fit(*data(), epochs=2, verbose=2, validation_split=0.25, callbacks=callbacks)
     model.evaluate(*data(), verbose=2)
+    model.summary()
     model.save_weights(FOLDER / "weights.pt")
     model.load_weights(FOLDER / "weights.pt")
     say(f"logs {seen}".replace("\n", " "))

@@ -56,7 +56,14 @@ def test_a_group_that_a_run_made_is_gone_after_it(together: tuple[str, Path]) ->
 
 
 def test_rank_0_alone_prints_and_writes_while_all_see_the_same_logs(together: tuple[str, Path]) -> None:
-    for line in ("Epoch 1/2 - ", "Epoch 2/2 - ", "Evaluating - ", "epoch-1.fitkit.", "epoch-2.fitkit."):
+    for line in (
+        "Epoch 1/2 - ",
+        "Epoch 2/2 - ",
+        "Evaluating - ",
+        "Size of parameters",
+        "epoch-1.fitkit.",
+        "epoch-2.fitkit.",
+    ):
         assert together[0].count(line) == 1, together[0]
     logs = re.findall(r"\[\d\] logs (.*)", together[0])
     assert len(logs) == 2
