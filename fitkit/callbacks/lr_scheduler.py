@@ -184,6 +184,7 @@ class LRScheduler(MonitorCallback):
             "scheduler": self._running.state_dict(),
             "groups": groups,
             "has_stepped": getattr(self._running.optimizer, "_opt_called", False),
+            "rate": None if self._rate is None else float(self._rate),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -205,6 +206,8 @@ class LRScheduler(MonitorCallback):
         if state["has_stepped"]:
             # torch warns of a scheduler that is ahead of its optimizer, which by this attribute it takes to be new.
             self._running.optimizer._opt_called = True  # type: ignore[attr-defined]
+        # An epoch may have no step left that would tell its rate.
+        self._rate = state.get("rate")
         self._running.load_state_dict(dict(state["scheduler"]))
         # Making a scheduler has set the rates to those of a beginning.
         for group, settings in zip(self._running.optimizer.param_groups, state["groups"], strict=True):

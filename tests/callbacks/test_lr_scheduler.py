@@ -193,6 +193,17 @@ def test_a_state_goes_on_where_it_was(name: str, tmp_path: Any) -> None:
     assert resumed["learning_rate"] == whole["learning_rate"][1:]
 
 
+def test_the_rate_of_an_epoch_is_known_where_a_resumed_run_has_no_step_left(tmp_path: Path) -> None:
+    def save(batch: int, logs: Any) -> None:
+        if batch == 4 and not saving.model.history.epoch:
+            saving.model.save(tmp_path / "state")
+
+    saving = LambdaCallback(on_train_batch_end=save)
+    whole = fitted(compiled(), LRScheduler(halving, interval="step"), saving)
+    resumed = fitted(compiled(), LRScheduler(halving, interval="step"), resume_from=tmp_path / "state")
+    assert resumed["learning_rate"] == whole["learning_rate"]
+
+
 def test_early_stopping_can_watch_the_rate() -> None:
     stopping = EarlyStopping("learning_rate", patience=1, mode="max")
     assert len(fitted(compiled(), LRScheduler(halving), stopping, epochs=9)) == 2
