@@ -121,6 +121,19 @@ class Counting(nn.Module):
         return nn.functional.cross_entropy(output, target, reduction="sum") / kept.clamp(min=1), kept
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def loss(output, target):
+    return (output - target).square().mean()
+
+
+def scheduler(optimizer):
+    return warm_up(optimizer)
+
+
 def warm_up(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
 """
@@ -596,6 +609,31 @@ def test_arrays_that_are_too_large_to_be_copied_are_a_line_to_fill_in(
     assert_same(path, model)
 
 
+def test_a_dataset_is_overfitted_in_its_batches(folder: Path) -> None:
+    torch.save(torch.utils.data.Subset(TensorDataset(X, LABELS), range(100)), folder / "filled.pt")
+    dataset = torch.load(folder / "filled.pt", weights_only=False)
+    filled = ("= ...", '= torch.load(HERE / "filled.pt", weights_only=False)')
+    arguments = {"data": dataset, "batch_size": 8, "epochs": 2, "overfit_pct": 0.5}
+    assert_script_matches(folder / "overfit_dataset.py", compiled(), filled, **arguments)
+
+
+def test_workers_are_left_to_fill_in(folder: Path) -> None:
+    path = folder / "workers.py"
+    compiled().to_script(path, data=Pairs(), epochs=1, dataloader_options={"num_workers": 1})
+    assert "training = ...  # FILL THIS IN: a DataLoader as fit made it" in path.read_text()
+
+
+def test_of_a_dataset_that_fit_splits_a_script_asks_for_the_parts(folder: Path) -> None:
+    path = folder / "split.py"
+    compiled().to_script(path, data=Pairs(), epochs=1, validation_split=0.25)
+    asked = [line.partition("  # ")[2] for line in path.read_text().splitlines() if "FILL" in line]
+    cut = int(0.75 * len(Pairs()))
+    assert asked == [
+        f"FILL THIS IN: samples 0 to {cut - 1} of the Pairs that fit was given",
+        f"FILL THIS IN: samples {cut} to {len(Pairs()) - 1} of the Pairs that fit was given",
+    ]
+
+
 def test_item_losses_weigh_by_their_number(folder: Path) -> None:
     path = folder / "lengths.py"
     batches = [(X[: 24 * length].view(24, length, 6), X[: 24 * length, :2].view(24, length, 2)) for length in (3, 1, 7)]
@@ -606,6 +644,83 @@ def test_item_losses_weigh_by_their_number(folder: Path) -> None:
     model.fit(batches, epochs=2, accumulate_grad_batches=3, verbose=0)
     run_here(path)
     assert_same(path, model)
+
+
+def assert_script_matches(
+    path: Path, model: fitkit.Model, replaced: tuple[str, str] = ("", ""), **arguments: Any
+) -> None:
+    """Writes, fits, runs and compares."""
+    model.to_script(path, **arguments)
+    path.write_text(path.read_text().replace(*replaced))
+    model.fit(**arguments, verbose=0)
+    run_here(path)
+    assert_same(path, model)
+
+
+def test_a_class_of_a_name_of_torchs_is_not_taken_for_torchs(folder: Path) -> None:
+    net = nn.Sequential(nn.Linear(6, 4), nets().Linear(4, 2))
+    assert_script_matches(folder / "linear.py", compiled(net), data=X, y=LABELS, epochs=1)
+
+
+def test_functions_may_have_names_that_a_script_has_too(folder: Path) -> None:
+    callbacks = [LRScheduler(nets().scheduler, interval="step")]
+    model, path = compiled(regressor(), loss=nets().loss), folder / "names.py"
+    assert_script_matches(path, model, data=X, y=VALUES, epochs=2, callbacks=callbacks)
+    assert "from fitkit_test_nets import loss as own_loss, scheduler as own_scheduler" in path.read_text()
+
+
+def test_a_class_may_have_a_name_that_a_script_has_too(folder: Path) -> None:
+    (folder / "fitkit_test_words.py").write_text("from torch import nn\n\n\nclass Path(nn.Linear):\n    pass\n")
+    net = nn.Sequential(importlib.import_module("fitkit_test_words").Path(6, 2))
+    assert_script_matches(folder / "class_name.py", compiled(net), data=X, y=LABELS, epochs=1)
+
+
+def test_two_things_of_one_name_are_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "fitkit_test_others.py").write_text(
+        "from fitkit_test_nets import warm_up\n\n\ndef Net(optimizer):\n    return warm_up(optimizer)\n"
+    )
+    callbacks = LRScheduler(importlib.import_module("fitkit_test_others").Net)
+    with pytest.raises(ValueError, match="Net of fitkit_test_others and Net of fitkit_test_nets. Rename one of them"):
+        compiled(nets().Net(3)).to_script(tmp_path / "run.py", data=X, y=LABELS, epochs=1, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+@pytest.mark.parametrize("kind", ["loader", "dataset", "batches", "own order"])
+def test_batches_are_in_the_dtype_in_which_fit_takes_them(kind: str, precision: str, folder: Path) -> None:
+    pairs = TensorDataset(X, VALUES, WEIGHTS.double())
+    order = DataLoader(pairs, batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(1))
+    kinds = {"loader": DataLoader(pairs, batch_size=32), "dataset": pairs, "batches": list(order), "own order": order}
+    path = folder / f"dtypes_{kind}_{precision}.py".replace(" ", "_")
+    torch.save(kinds[kind], folder / "filled.pt")
+    filled = ("= ...", '= torch.load(HERE / "filled.pt", weights_only=False)')
+    model = compiled(regressor(), loss="mse", precision=precision)
+    assert_script_matches(path, model, filled, data=kinds[kind], epochs=2, accumulate_grad_batches=3)
+
+
+@pytest.mark.parametrize("shape", [(203, 1), (203, 2)], ids=["a column", "elements"])
+def test_sample_weights_may_have_the_shape_of_the_items(shape: tuple[int, ...], folder: Path) -> None:
+    weights = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    path = folder / f"weights_{shape[1]}.py"
+    assert_script_matches(path, compiled(loss="mse"), data=X, y=X[:, :2], sample_weight=weights, epochs=2)
+
+
+def test_a_column_of_sample_weights_is_one_a_sample_for_classes(folder: Path) -> None:
+    path = folder / "weights_column.py"
+    assert_script_matches(path, compiled(), data=X, y=LABELS, sample_weight=WEIGHTS.unsqueeze(1), epochs=2)
+
+
+def test_sample_weights_of_two_shapes_are_refused(tmp_path: Path) -> None:
+    validation = (X, X[:, :2], torch.ones(203, 2))
+    with pytest.raises(ValueError, match="received sample_weight: one a sample here and one an element there"):
+        compiled(loss="mse").to_script(
+            tmp_path / "run.py", data=X, y=X[:, :2], sample_weight=WEIGHTS, validation_data=validation, epochs=1
+        )
+
+
+def test_a_validation_without_any_target_is_nan(folder: Path) -> None:
+    validation = (X[:5], torch.full((5,), -100))
+    path = folder / "nothing_to_validate.py"
+    assert_script_matches(path, compiled(), data=X, y=LABELS, validation_data=validation, epochs=2)
 
 
 def test_looking_at_a_loss_leaves_the_module_as_it_was(tmp_path: Path) -> None:

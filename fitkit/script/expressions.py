@@ -6,10 +6,12 @@ is None, and who asked says what to do.
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
 import itertools
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +23,18 @@ from torch.optim import Optimizer, lr_scheduler
 
 from fitkit.device import kept_random_state
 from fitkit.rehearsal import Understudy
+from fitkit.script.template import CLOSING, JUDGING, SCRIPT, STEP, STOPPING
 
 # A line of a script is as long as formatters leave it.
 WIDTH = 88
 SIMPLE = (int, float, bool, str, type(None))
+# What a script calls by these names is its own, or Python's.
+TAKEN = {
+    *re.findall(r"[A-Za-z_]\w*", SCRIPT + CLOSING + STEP + JUDGING + STOPPING),
+    *("CLASS_WEIGHT", "DataLoader", "F", "LOSS_WEIGHT", "RATES", "TensorDataset", "arrays", "batches", "dataset"),
+    *("islice", "items", "loss_function", "output", "scheduler", "training", "validation", "validation_batches"),
+    *("w", "x", "y", *dir(builtins)),
+}
 # Schedules are compared over so many steps.
 COMPARED_STEPS = 2_000
 
@@ -75,6 +85,11 @@ def importable(value: Any) -> tuple[str, str] | None:
     return (module, name) if getattr(sys.modules.get(module), name, None) is value else None
 
 
+def own_name(name: str) -> str:
+    """What a class or function of the user's is called in a script, which has names of its own."""
+    return f"own_{name}" if name in TAKEN else name
+
+
 def literal(value: Any) -> str | None:
     """A number, a string or a tuple of them as it is written; None for anything else."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -105,7 +120,8 @@ def module_expression(module: nn.Module) -> str | None:
     text = _module_text(module)
     if text is None:
         return None
-    names = {"nn": nn, **{type(each).__name__: type(each) for each in module.modules()}}
+    own = {type(each) for each in module.modules() if not is_torchs(type(each))}
+    names = {"nn": nn, **{own_name(kind.__name__): kind for kind in own}}
     try:
         # Whatever a class of the user's does with guessed arguments: it is no answer then.
         with kept_random_state(torch.device("cpu")), torch.device("meta"):
@@ -115,9 +131,14 @@ def module_expression(module: nn.Module) -> str | None:
     return text if _is_alike(made, module) else None
 
 
+def is_torchs(kind: type[nn.Module]) -> bool:
+    """Whether it is torch.nn's class of that name."""
+    return getattr(nn, kind.__name__, None) is kind
+
+
 def _module_text(module: nn.Module) -> str | None:
     kind = type(module)
-    from_torch = getattr(nn, kind.__name__, None) is kind
+    from_torch = is_torchs(kind)
     if kind is nn.Sequential:
         children = [_module_text(child) for child in module.children()]
         if [name for name, _ in module.named_children()] != [str(index) for index in range(len(children))]:
@@ -126,7 +147,7 @@ def _module_text(module: nn.Module) -> str | None:
     if not from_torch and importable(kind) is None:
         return None
     arguments = _arguments(module, skipped=("device", "dtype"))
-    name = f"nn.{kind.__name__}" if from_torch else kind.__name__
+    name = f"nn.{kind.__name__}" if from_torch else own_name(kind.__name__)
     return None if arguments is None else f"{name}({', '.join(arguments)})"
 
 

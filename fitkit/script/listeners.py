@@ -29,7 +29,7 @@ from fitkit.callbacks import (
 )
 from fitkit.optimization import learning_rates
 from fitkit.rehearsal import Understudy
-from fitkit.script.expressions import fold, importable, literal, scheduler_expression, unknown
+from fitkit.script.expressions import fold, importable, literal, own_name, scheduler_expression, unknown
 from fitkit.script.template import STOPPING, render
 
 # What these do leaves no trace on the weights.
@@ -109,7 +109,7 @@ def _add_scheduler(found: Listeners, callback: LRScheduler, optimizer: Optimizer
     text = scheduler_expression(optimizer, make)
     if text is None and function is not None:
         found.imports.append(function)
-        text = f"{function[1]}(optimizer)"
+        text = f"{own_name(function[1])}(optimizer)"
     if text is None:
         raise unknown(
             "callbacks",

@@ -17,7 +17,7 @@ from fitkit.data import Batches
 from fitkit.device import autocasting, copy_back, kept_modes
 from fitkit.loss_names import CLASS_LOSSES
 from fitkit.losses import Loss
-from fitkit.script.expressions import importable, literal, module_expression, unknown
+from fitkit.script.expressions import importable, literal, module_expression, own_name, unknown
 from fitkit.script.sources import Source, first_batch, may_be_ignored, some_class
 
 # Longer lists of class weights do not belong into a script that is to be read.
@@ -72,9 +72,23 @@ def loss_text(loss: Loss, sources: Sequence[Source], compiled: Compiled, data: B
     ignores = any(may_be_ignored(source, ignored) for source in sources)
     weight = _weight(loss, sources, ignored if ignores else None)
     one_a_sample = isinstance(module, CLASS_LOSSES) and sources[0].y.dim() == 1
-    factor = "w" if one_a_sample else "w.view(-1, *[1] * (items.dim() - 1))"
-    lines = [f"items = {items}", f"loss = (items * {factor}).sum() / {weight}"]
+    lines = [f"items = {items}", f"loss = (items * {_factor(sources, one_a_sample, compiled)}).sum() / {weight}"]
     return LossText([plain], lines, weight, "y.numel()" if ignores else "", constants)
+
+
+def _factor(sources: Sequence[Source], one_a_sample: bool, compiled: Compiled) -> str:
+    """The sample weights in a shape that multiplies the item losses and nothing else, and in their dtype."""
+    given = [source.w for source in sources if source.w is not None]
+    of_items = [w.dim() > 1 and w[0].numel() > 1 for w in given]
+    if any(of_items) and not all(of_items):
+        raise unknown("sample_weight", "one a sample here and one an element there", "Give both one shape.")
+    cast = compiled.precision != "64-true" and any(w.dtype == torch.float64 for w in given)
+    w = "w.to(items.dtype)" if cast else "w"
+    if any(of_items):
+        return w
+    if one_a_sample:
+        return f"{w}.view(-1)" if any(each.dim() > 1 for each in given) else w
+    return f"{w}.view(-1, *[1] * (items.dim() - 1))"
 
 
 def class_weight_text(weights: dict[int, float], source: Source, loss: Loss, device: torch.device) -> tuple[str, str]:
@@ -102,7 +116,7 @@ def _own(loss: Loss, sources: Sequence[Source], compiled: Compiled, data: Batche
         found = importable(loss.call)
         if found is None:
             raise unknown("compile(loss=...)", "a function that cannot be imported by its name", advice)
-        text = _own_text(f"{found[1]}(output, y)", *_looked_at(loss, compiled, data))
+        text = _own_text(f"{own_name(found[1])}(output, y)", *_looked_at(loss, compiled, data))
         text.imports.append(found)
         return text
     made, found = module_expression(loss.module), importable(type(loss.module))

@@ -10,7 +10,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fitkit.optimization import parameters_of
-from fitkit.script.expressions import fold, importable, module_expression, optimizer_options, unknown
+from fitkit.script.expressions import (
+    fold,
+    importable,
+    is_torchs,
+    module_expression,
+    optimizer_options,
+    own_name,
+    unknown,
+)
 
 # The modules and names of what is imported from where it lives.
 Imports = list[tuple[str, str]]
@@ -19,17 +27,17 @@ Imports = list[tuple[str, str]]
 def module_line(module: nn.Module) -> tuple[str, Imports]:
     """The line that makes the module, and what it imports."""
     text, kind = module_expression(module), type(module)
-    from_torch = getattr(nn, kind.__name__, None) is kind
+    from_torch = is_torchs(kind)
     if not from_torch and importable(kind) is None:
         raise unknown(
             "module",
             f"a {kind.__name__}, which cannot be imported from {kind.__module__}",
             "Move the class into a file of its own, and import it from there.",
         )
-    name = f"nn.{kind.__name__}" if from_torch else kind.__name__
+    name = f"nn.{kind.__name__}" if from_torch else own_name(kind.__name__)
     line = f"module = {name}(...)  # FILL THIS IN: as you made it" if text is None else fold(f"module = {text}")
-    named = {importable(type(each)) for each in module.modules()} - {None}
-    imports = [each for each in named if each and re.search(rf"(?<!\.)\b{each[1]}\(", line)]
+    named = {importable(type(each)) for each in module.modules() if not is_torchs(type(each))} - {None}
+    imports = [each for each in named if each and re.search(rf"(?<!\.)\b{own_name(each[1])}\(", line)]
     return line, imports
 
 
@@ -41,7 +49,7 @@ def optimizer_line(optimizer: Optimizer, module: nn.Module) -> tuple[str, Import
     if getattr(torch.optim, kind.__name__, None) is kind:
         name = f"torch.optim.{kind.__name__}"
     elif found is not None:
-        name = kind.__name__
+        name = own_name(kind.__name__)
         imports.append(found)
     else:
         raise unknown("compile(optimizer=...)", f"a {kind.__name__} that cannot be imported", "Move its class.")

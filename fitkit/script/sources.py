@@ -8,7 +8,15 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from fitkit.batch import Placed, unpack
 from fitkit.data import EpochPlan
@@ -16,6 +24,7 @@ from fitkit.data.arrays import ArrayBatches
 from fitkit.data.loaders import LoaderBatches
 from fitkit.data.tensor_loaders import TensorLoaderBatches
 from fitkit.script.expressions import fold, unknown
+from fitkit.transfer import Transfer
 
 # Arrays of more bytes are not copied: a script of some kilobytes is not to fill a disk.
 MOST_BYTES = 2**30
@@ -33,7 +42,7 @@ class Source:
         inputs: how the inputs of a batch are named in the script.
         keywords: the names by which the module takes the inputs, where it does.
         y: targets such as they come: all of them where they are saved, of a batch elsewhere.
-        weighted: whether sample weights come with them.
+        w: sample weights in the same way; None where there are none.
         casts: what of a batch is given to the module in another dtype, by name.
         batches: what the batch loop runs over.
     """
@@ -44,9 +53,14 @@ class Source:
     inputs: tuple[str, ...]
     keywords: tuple[str, ...] | None
     y: Tensor
-    weighted: bool
+    w: Tensor | None
     casts: dict[str, torch.dtype]
     batches: str
+
+    @property
+    def weighted(self) -> bool:
+        """Whether sample weights come with the batches."""
+        return self.w is not None
 
     @property
     def batch(self) -> str:
@@ -54,11 +68,12 @@ class Source:
         return ", ".join([*self.inputs, "y", *(["w"] if self.weighted else [])])
 
 
-def source_of(plan: EpochPlan, given: Any, name: str, limit: str | None, counted: bool) -> Source:
+def source_of(plan: EpochPlan, transfer: Transfer, given: Any, name: str, limit: str | None, counted: bool) -> Source:
     """How a script gets these batches.
 
     Args:
         plan: the batches of an epoch.
+        transfer: their way to the module.
         given: the data as fit was given it.
         name: "training" or "validation".
         limit: the expression of how many batches an epoch takes; None takes all.
@@ -73,7 +88,7 @@ def source_of(plan: EpochPlan, given: Any, name: str, limit: str | None, counted
         raise unknown(argument, "data without a length, or that can be read once", "Pass a DataLoader, or arrays.")
     arguments = _loader_arguments(data)
     fills_in = arguments is None or _bytes(data) > MOST_BYTES
-    x, y, w = unpack(first_batch(data) if fills_in else _whole(data))
+    x, y, w = unpack(transfer(first_batch(data)).on_device if fills_in else _whole(data, transfer))
     inputs, keywords, tensors = _inputs(x, argument)
     if not isinstance(y, Tensor) or not isinstance(w, (Tensor, type(None))):
         raise unknown(argument, "batches that are not (x, y) with one tensor y", "Write the loop by hand.")
@@ -83,7 +98,7 @@ def source_of(plan: EpochPlan, given: Any, name: str, limit: str | None, counted
         if isinstance(given, DataLoader) and isinstance(data, LoaderBatches) and data.loader is not given:
             raise unknown("overfit_pct", "a DataLoader whose order it changes", "Pass arrays or a Dataset.")
         lines = _left_open(name, given, data)
-        casts = _casts(data, [*inputs, "y"], [*tensors, y])
+        casts = _casts(data, given, argument, [*tensors, y])
     else:
         tensors_text = f'TensorDataset(*data["{name}"])'
         lines = [fold(f"{name} = DataLoader({', '.join([tensors_text, *(arguments or [])])})")]
@@ -97,7 +112,7 @@ def source_of(plan: EpochPlan, given: Any, name: str, limit: str | None, counted
         inputs=inputs,
         keywords=keywords,
         y=y,
-        weighted=w is not None,
+        w=w,
         casts=casts,
         batches=name if limit is None else f"islice({name}, {count})",
     )
@@ -132,11 +147,12 @@ def _bytes(data: Any) -> int:
     return data.nbytes if isinstance(data, ArrayBatches) else sum(each.nbytes for each in data.loader.dataset.tensors)
 
 
-def _whole(data: Any) -> Any:
-    """All the data as one batch."""
+def _whole(data: Any, transfer: Transfer) -> Any:
+    """All the data as one batch, in the dtypes in which the module is given it."""
     if isinstance(data, ArrayBatches):
-        return first_batch(data.in_order().resized(data.samples))
-    return tuple(data.loader.dataset.tensors)
+        return transfer(first_batch(data.in_order().resized(data.samples))).on_device
+    pairs = zip(data.loader.dataset.tensors, transfer(first_batch(data)).on_device, strict=True)
+    return tuple(tensor.to(one.dtype) for tensor, one in pairs)
 
 
 def first_batch(data: Any) -> Any:
@@ -167,32 +183,41 @@ def _left_open(name: str, given: Any, data: Any) -> list[str]:
     if not isinstance(data, LoaderBatches) or isinstance(given, DataLoader):
         return [f"{name} = ...  # FILL THIS IN: the {type(given).__name__} that fit was given"]
     loader: Any = data.loader
-    if loader.collate_fn is not default_collate:
+    # Workers draw numbers of their own.
+    if loader.collate_fn is not default_collate or loader.num_workers:
         return [f"{name} = ...  # FILL THIS IN: a DataLoader as fit made it, with dataloader_options"]
+    batching = loader.batch_sampler
     arguments = [
-        f"batch_size={loader.batch_size}",
-        *(["shuffle=True"] if type(loader.sampler) is RandomSampler else []),
+        f"batch_size={batching.batch_size}",
+        *(["shuffle=True"] if type(batching.sampler) is RandomSampler else []),
+        *(["drop_last=True"] if batching.drop_last else []),
     ]
-    if loader.drop_last:
-        arguments.append("drop_last=True")
-    kind = type(loader.dataset).__name__
+    what = f"the {type(given).__name__}"
+    if given is not loader.dataset and isinstance(loader.dataset, Subset):  # of validation_split
+        what = f"samples {loader.dataset.indices[0]} to {loader.dataset.indices[-1]} of {what}"
     return [
-        f"dataset = ...  # FILL THIS IN: the {kind} that fit was given",
+        f"dataset = ...  # FILL THIS IN: {what} that fit was given",
         f"{name} = DataLoader(dataset, {', '.join(arguments)})",
     ]
 
 
-def _casts(data: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, torch.dtype]:
-    """What a loader gives in another dtype than fit gives to the module: Python's floats are collated to float64."""
-    if not isinstance(data, LoaderBatches):
+def _casts(data: Any, given: Any, argument: str, tensors: Sequence[Tensor]) -> dict[str, torch.dtype]:
+    """What comes in another dtype than fit gives to the module: Python's floats are collated to float64.
+
+    Args:
+        data: the batches.
+        given: what fit was given, where they are no loader's.
+        argument: of fit.
+        tensors: inputs and targets of a batch as the module is given them.
+    """
+    if isinstance(data, ArrayBatches):
         return {}
-    x, y, _ = unpack(next(iter(data.loader)))
-    raw = [*_inputs(x, "data")[2], y]
-    return {
-        name: tensor.dtype
-        for name, one, tensor in zip(names, raw, tensors, strict=True)
-        if isinstance(one, Tensor) and one.dtype != tensor.dtype
-    }
+    x, y, _ = unpack(next(iter(data.loader if isinstance(data, (LoaderBatches, TensorLoaderBatches)) else given)))
+    names, _, raw = _inputs(x, argument)
+    if not isinstance(y, Tensor):
+        raise unknown(argument, "batches whose targets are no tensor", "Let it give tensors.")
+    pairs = zip([*names, "y"], [*raw, y], tensors, strict=True)
+    return {name: tensor.dtype for name, one, tensor in pairs if one.dtype != tensor.dtype}
 
 
 def tensors_saved(sources: list[Source]) -> dict[str, list[Tensor]]:

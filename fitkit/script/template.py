@@ -51,7 +51,9 @@ def compute($arguments):
 def mean(losses, weights):
     """The mean over all the data of what are means over batches."""
     weights = torch.tensor(weights, dtype=torch.float64)
-    return float((torch.stack(losses).cpu().double() * weights).sum() / weights.sum())
+    losses = torch.stack(losses).cpu().double() if losses else weights  # none: nan  #? ignores
+    return float((losses * weights).sum() / weights.sum())  #? ignores
+    return float((torch.stack(losses).cpu().double() * weights).sum() / weights.sum())  #? not ignores
 
 
 def train_mode():  #? evals

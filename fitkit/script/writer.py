@@ -10,6 +10,7 @@ import math
 import os
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 from torch.optim import Optimizer
 
 from fitkit.checkpoints import write_atomically
-from fitkit.computation import Compiled
+from fitkit.computation import Compiled, transfer_of
 from fitkit.errors import show
 from fitkit.flags import FitArguments, TrainingFlags
 from fitkit.loop import FitRun
-from fitkit.script.expressions import WIDTH, fold, literal, unknown
+from fitkit.script.expressions import WIDTH, fold, literal, own_name, unknown
 from fitkit.script.listeners import Listeners, listeners_of, stopping_text
 from fitkit.script.losses import LossText, class_weight_text, loss_text
 from fitkit.script.making import conversion, evaluation_names, frozen_names, holds_all, module_line, optimizer_line
@@ -115,12 +116,14 @@ class _Writer:
         self._module = compiled.module
         self._epochs = range(run.flags.initial_epoch, run.flags.last_epoch)
         self._windows = any(run.flags.window(epoch) > 1 for epoch in self._epochs)
-        training = source_of(run.batches, given.data, "training", _limit(run.flags), self._windows)
+        transfer = transfer_of(compiled)
+        training = source_of(run.batches, transfer, given.data, "training", _limit(run.flags), self._windows)
         self.sources = [training]
         if run.validation is not None:
             limit = _validation_limit(run.flags)
             given_data = given.data if given.validation_data is None else given.validation_data
-            self.sources.append(source_of(run.validation.batches, given_data, "validation", limit, False))
+            of_validation = source_of(run.validation.batches, transfer, given_data, "validation", limit, False)
+            self.sources.append(of_validation)
         loss = compiled.losses.losses[0]
         assert loss is not None  # the only one
         self._loss: LossText = loss_text(loss, self.sources, compiled, run.batches.data)
@@ -133,6 +136,7 @@ class _Writer:
         self._module_text, of_module = module_line(self._module)
         self._optimizer_text, of_optimizer = optimizer_line(self._optimizer, self._module)
         self._imports = [*self._loss.imports, *self._heard.imports, *of_module, *of_optimizer]
+        _check_names(self._imports)
 
     def start(self) -> dict[str, Any]:
         """What the script begins with: weights, and what else is not as it is anew."""
@@ -292,8 +296,24 @@ class _Writer:
         own: dict[str, set[str]] = {}
         for module, name in self._imports:
             own.setdefault(module, set()).add(name)
-        lines = [f"from {module} import {', '.join(sorted(own[module]))}" for module in sorted(own)]
+        lines = [f"from {module} import {', '.join(map(_imported, sorted(own[module])))}" for module in sorted(own)]
         return "\n\n".join("\n".join(group) for group in (chosen, torches, lines) if group)
+
+
+def _imported(name: str) -> str:
+    """A name of the user's as it is imported."""
+    own = own_name(name)
+    return name if own == name else f"{name} as {own}"
+
+
+def _check_names(imports: Sequence[tuple[str, str]]) -> None:
+    """Refuses two things of one name: a script would take one for the other."""
+    homes: dict[str, tuple[str, str]] = {}
+    for module, name in imports:
+        first, first_name = homes.setdefault(own_name(name), (module, name))
+        if (first, first_name) != (module, name):
+            what = f"{first_name} of {first} and {name} of {module}"
+            raise unknown("two things of one name", what, "Rename one of them.")
 
 
 def _limit(flags: TrainingFlags) -> str | None:
