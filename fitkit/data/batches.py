@@ -137,26 +137,30 @@ class _DrawingAlike:
 
     def __init__(self, whole: Iterator[Any]) -> None:
         self._whole = whole
-        self._state = torch.get_rng_state()
-        self._is_apart = False
+        self._generator = torch.Generator()
+        self._generator.set_state(torch.get_rng_state())
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        other = torch.get_rng_state()
-        if not self._is_apart and not torch.equal(other, self._state):
+        own, other = self._generator.get_state(), torch.get_rng_state()
+        if not self._is_apart() and not torch.equal(own, other):
             # What else is drawn must not be what is drawn here.
-            self._is_apart = True
-            torch.manual_seed(int(torch.randint(2**62, (), device="cpu")))
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
             other = torch.get_rng_state()
-        torch.set_rng_state(self._state)
+        is_apart = self._is_apart()
+        torch.set_rng_state(own)
         try:
             return next(self._whole)
         finally:
-            self._state = torch.get_rng_state()
-            if self._is_apart:
+            self._generator.set_state(torch.get_rng_state())
+            if is_apart:
                 torch.set_rng_state(other)
+
+    def _is_apart(self) -> bool:
+        """Whether the global generator goes its own way: its state says so, and that is saved and resumed."""
+        return torch.initial_seed() != self._generator.initial_seed()
 
 
 def _shares_of(whole: Iterator[Any], processes: Processes) -> Iterator[Share]:

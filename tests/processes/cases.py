@@ -657,6 +657,19 @@ def saved_in_mid_epoch() -> Any:
     return {"undisturbed": result(model), "resumed": result(other)}
 
 
+@case
+def saved_beside_draws_in_the_module() -> Any:
+    path = Path(sys.argv[1]) / "drawing.fitkit"
+    found: list[Any] = []
+    for more in ({"callbacks": [SaveAt(path)]}, {"resume_from": path}):
+        torch.manual_seed(0)
+        model = fitkit.Model(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)), device="cpu", strategy=STRATEGY)
+        model.compile("adam", "cross_entropy")
+        found.append(trained(model, Shuffling(), batch_size=7, **more))
+    # With dropout they are not those of one process.
+    return found[0] == found[1]
+
+
 def main(folder: Path, names: list[str]) -> None:
     warnings.simplefilter("error")
     found = {}
