@@ -666,8 +666,10 @@ def saved_beside_draws_in_the_module() -> Any:
         model = fitkit.Model(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)), device="cpu", strategy=STRATEGY)
         model.compile("adam", "cross_entropy")
         found.append(trained(model, Shuffling(), batch_size=7, **more))
-    # With dropout they are not those of one process.
-    return found[0] == found[1]
+    # With dropout they are not those of one process. A sum over three may differ in its last digit.
+    one, other = ([each["history"]["loss"], *each["weights"].values()] for each in found)
+    pairs = zip(one, other, strict=True)
+    return all(torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-6) for a, b in pairs)
 
 
 def main(folder: Path, names: list[str]) -> None:
